@@ -1,0 +1,180 @@
+// The table of kernels: every inner loop of the engine, one struct of function pointers.
+//
+// The functions in scalar/ are the specification. Another tier is correct when every byte it writes equals theirs (any
+// NaN equals any NaN). docs/numerics.md holds the argument, this header the contract.
+//
+// Kernels start no threads, allocate nothing, throw nothing, use no STL. All pointers are to disjoint memory unless said
+// otherwise. Rows of weights are as they lie in the file: no alignment beyond 1 byte may be assumed for them (F32 rows
+// included), and no byte past the last row may be read. Activations and outputs are aligned to 4 bytes.
+//
+// Arithmetic all tiers share
+//   fma          one rounding, explicit; the compiler never contracts (-ffp-contract=off).
+//   dot16        float dot product over n: 16 lanes by index mod 16, lane = fma(a, b, lane), starting at +0, indices
+//                ascending; a ragged tail touches only its own lanes. Then lanes are folded 8, 4, 2, 1:
+//                lane[i] += lane[i + h] for i < h. sum16 is the same with lane += x.
+//   rounding     to nearest, ties to even, everywhere. Default floating-point environment, denormals kept.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace pe {
+
+// ---- formats ----
+
+enum class Act : int { F32, Q32, Q256 };  // how the activations facing a format are stored
+
+enum class Format : int {
+#define PE_FORMAT(name, id, block, bytes, act) name,
+#include "quant/formats.def"
+#undef PE_FORMAT
+  kCount
+};
+inline constexpr int kFormats = static_cast<int>(Format::kCount);
+inline constexpr int kActs = 3;
+
+// ---- activation rows ----
+//
+// One row of n activations, quantised once and shared by every linear operation that reads it. Memory of a row:
+//   Act::F32    float x[n]
+//   Act::Q32    int8_t q[n], float scale[n / 32],  int16_t sum[n / 16]      n: a multiple of 32
+//   Act::Q256   int8_t q[n], float scale[n / 256], int16_t sum[n / 16]      n: a multiple of 256
+// each part padded to a multiple of 64 bytes, in that order; sum[i] adds q[16 i .. 16 i + 15]. A row starts at a multiple
+// of 64 bytes. Quantising a block of activations x:
+//   amax = max |x| (a NaN anywhere makes the block a NaN block)
+//   amax == 0, or so small that 127 / amax overflows (amax < 127 / FLT_MAX): scale 0, all q 0
+//   amax infinite or NaN:                                                    scale NaN, all q 0
+//   otherwise scale = amax / 127, inv = 127 / amax, q = round(x * inv) limited to -127..127
+// so |q| <= 127 always.
+
+struct ActLayout {
+  size_t scale_at;  // byte offset of scale[]
+  size_t sum_at;    // byte offset of sum[]
+  size_t bytes;     // of a whole row, a multiple of 64
+};
+
+static inline size_t pad64(size_t n) { return (n + 63) & ~static_cast<size_t>(63); }
+
+static inline ActLayout act_layout(Act act, size_t n) {
+  if (act == Act::F32) return {0, 0, pad64(4 * n)};
+  const size_t block = act == Act::Q32 ? 32 : 256;
+  const size_t scale_at = pad64(n);
+  const size_t sum_at = scale_at + pad64(4 * (n / block));
+  return {scale_at, sum_at, sum_at + pad64(2 * (n / 16))};
+}
+
+// ---- linear: y[t][r] = sum over k of W[r][k] * x[t][k] ----
+//
+// Quantised formats. For each block of the weights (32 or 256 of them) the integer sums are exact; then one float chain per
+// output runs over the blocks in ascending order, starting at acc = +0. d, m, dmin: the block's fp16 scales as float;
+// a = the activation block's scale; I, S: int32 converted to float with one rounding. sum(q) below is over the activations.
+//   Q4_0  codes u-8        Q5_0  codes u-16      Q8_0  codes      IQ4_NL  codes from its table
+//           acc = fma(d * a, I, acc)                          I = sum(code * q)
+//   Q4_1, Q5_1: as above with unsigned codes, then acc = fma(m * a, S, acc), S = sum(q)
+//   Q6_K, Q3_K, IQ4_XS: acc = fma(d * a, I, acc)              I = sum over sub-blocks of scale_j * sum(code * q)
+//   Q2_K, Q4_K, Q5_K: acc = fma(d * a, I, acc), then acc = fma(-(dmin * a), M, acc), M = sum over sub-blocks of min_j * sum(q)
+// F32, F16, BF16: dot16 of the exactly widened weights and the float activations.
+// The answer for (t, r) never depends on which other rows or tokens are computed in the same call.
+
+struct LinearArgs {
+  const void* w;      // first row
+  size_t w_stride;    // bytes from row to row
+  size_t rows;        // >= 1
+  size_t cols;        // a multiple of the format's block
+  const void* x;      // first activation row (layout above, of the format's Act)
+  size_t x_stride;    // bytes from token to token, a multiple of 64
+  size_t tokens;      // >= 1
+  float* y;           // y[t * y_stride + r]
+  size_t y_stride;    // floats from token to token
+};
+using LinearFn = void (*)(const LinearArgs&);
+
+using QuantiseActFn = void (*)(const float* x, size_t n, void* row);     // Act::F32: a plain copy
+using DequantiseFn = void (*)(const void* src, size_t n, float* dst);    // one row, n a multiple of the block
+
+// ---- the rest of a decoder block ----
+
+// y[i] = (x[i] * r) * w[i], r = 1 / sqrtf(dot16(x, x) / n + eps). y may be x.
+using RmsNormFn = void (*)(const float* x, const float* w, size_t n, float eps, float* y);
+
+// Rotates `heads` vectors of `head_dim` floats lying `stride` floats apart, in place. cs: cos, sin interleaved [dims / 2][2].
+// Pair i is (2i, 2i + 1) when adjacent, (i, i + dims / 2) otherwise; values past dims stay. For a pair (a, b):
+//   a' = fma(a, cos, -(b * sin)), b' = fma(a, sin, b * cos)
+struct RopeArgs {
+  float* x;
+  size_t heads, stride, dims;
+  const float* cs;
+  bool adjacent;
+};
+using RopeFn = void (*)(const RopeArgs&);
+
+using AddFn = void (*)(const float* a, const float* b, size_t n, float* y);             // y = a + b; y may be a or b
+using SiluMulFn = void (*)(const float* gate, const float* up, size_t n, float* y);     // y = gate / (1 + exp(-gate)) * up; y may alias
+using ExpFn = void (*)(const float* x, size_t n, float* y);                             // the engine's own exp, see scalar/ops.cc
+
+// KV cache element types.
+enum class Kv : int { F16, F32 };
+inline constexpr int kKvs = 2;
+using StoreKvFn = void (*)(const float* x, size_t n, void* dst);  // F16: rounded to nearest even, overflow to infinity
+
+// One chunk of keys for the query heads that share a KV head. Keys and values of consecutive positions lie head_dim elements
+// apart. For each query head h:
+//   s[j] = dot16(q[h], k[j]) * scale             j = 0 .. keys - 1
+//   m = max s[j];  p[j] = exp(s[j] - m);  sum = sum16(p);  acc[d] = chain over ascending j of fma(p[j], v[j][d], acc[d]) from +0
+// written to m[h], sum[h], acc[h * acc_stride + d].
+inline constexpr size_t kAttnChunk = 256;  // positions; chunks are aligned to absolute positions
+struct AttnArgs {
+  const float* q;          // [heads][q_stride], head_dim_k used
+  size_t heads, q_stride;
+  const void* k;           // [keys][head_dim_k]
+  const void* v;           // [keys][head_dim_v]
+  size_t keys;             // 1 .. kAttnChunk
+  size_t head_dim_k, head_dim_v;
+  float scale;
+  float* acc;
+  size_t acc_stride;
+  float* m;
+  float* sum;
+};
+using AttnChunkFn = void (*)(const AttnArgs&);
+
+// Folds one more chunk (m2, sum2, acc2) into a running (m, sum, acc), chunks ascending:
+//   m2 > m:    c = exp(m - m2): sum = fma(sum, c, sum2), acc = fma(acc, c, acc2), m = m2
+//   otherwise: c = exp(m2 - m): sum = fma(sum2, c, sum), acc = fma(acc2, c, acc)
+using AttnMergeFn = void (*)(float* m, float* sum, float* acc, float m2, float sum2, const float* acc2, size_t dim);
+// y[d] = acc[d] * (1 / sum)
+using AttnFinishFn = void (*)(const float* acc, float sum, size_t dim, float* y);
+
+// 1 when all n values are finite.
+using AllFiniteFn = int (*)(const float* x, size_t n);
+
+struct KernelTable {
+  LinearFn linear[kFormats];
+  DequantiseFn dequantise[kFormats];
+  QuantiseActFn quantise_act[kActs];
+  RmsNormFn rms_norm;
+  RopeFn rope;
+  AddFn add;
+  SiluMulFn silu_mul;
+  ExpFn exp;
+  StoreKvFn store_kv[kKvs];
+  AttnChunkFn attn_chunk[kKvs];
+  AttnMergeFn attn_merge;
+  AttnFinishFn attn_finish;
+  AllFiniteFn all_finite;
+};
+
+// ---- tiers ----
+
+// In ascending order of preference. A tier that is not compiled in, or that the processor lacks, keeps the one below.
+enum class Tier : int { kScalar, kAvx2, kCount };
+inline constexpr int kTiers = static_cast<int>(Tier::kCount);
+
+const char* tier_name(Tier tier);                 // "scalar", "avx2"
+bool tier_available(Tier tier);                   // compiled in, and the processor and operating system have it
+const KernelTable* kernels_for(Tier tier);        // nullptr when not available
+// The best available tier, or the one named by PYENGINE_ISA. nullptr, with *wanted set to that name, when it names a tier
+// that is unknown or absent. The environment is read once.
+const KernelTable* kernels_active(Tier* tier, const char** wanted);
+
+}  // namespace pe
