@@ -1,0 +1,444 @@
+// The pybind11 door: a client of pyengine.h and of nothing else. Keeps handles alive, releases the GIL around long
+// calls, turns failures into the exceptions of pyengine/errors.py. The friendly half of the interface is in Python.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pyengine.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using IdArray = py::array_t<int32_t, py::array::c_style>;
+
+// Raises the exception for this thread's last error. Needs the GIL.
+[[noreturn]] void raise_last() {
+  const pe_error *e = pe_last_error();
+  py::module_::import("pyengine.errors")
+      .attr("raise_error")(static_cast<int>(e->status), e->code, e->offset, py::str(e->field), py::str(e->message));
+  throw std::runtime_error("raise_error returned");
+}
+
+void check(pe_status status) {
+  if (status != PE_OK) raise_last();
+}
+
+[[noreturn]] void raise_closed(const char *what) {
+  py::module_::import("pyengine.errors")
+      .attr("raise_error")(static_cast<int>(PE_E_ARGUMENT), "closed", UINT64_MAX, "",
+                           std::string("this ") + what + " is closed");
+  throw std::runtime_error("raise_error returned");
+}
+
+template <typename T, void (*Free)(T *)>
+struct Handle {
+  explicit Handle(T *raw) : raw(raw) {}
+  Handle(const Handle &) = delete;
+  Handle &operator=(const Handle &) = delete;
+  ~Handle() { Free(raw); }
+  T *raw;
+};
+using FileHandle = Handle<pe_file, pe_file_close>;
+using ModelHandle = Handle<pe_model, pe_model_close>;
+using SessionHandle = Handle<pe_session, pe_session_free>;
+
+// ---- metadata ----
+
+template <typename T>
+T load(const void *p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename T>
+py::object numbers(const pe_value &v, bool array) {
+  if (!array) return py::cast(load<T>(v.data));
+  py::array_t<T> out(static_cast<py::ssize_t>(v.count));
+  if (v.count) std::memcpy(out.mutable_data(), v.data, v.count * sizeof(T));
+  return std::move(out);
+}
+
+py::object string_array(const pe_value &v) {
+  py::list out(static_cast<py::ssize_t>(v.count));
+  const char *p = static_cast<const char *>(v.data);
+  for (uint64_t i = 0; i < v.count; ++i) {
+    const auto n = load<uint64_t>(p);
+    PyObject *s = PyUnicode_DecodeUTF8(p + 8, static_cast<py::ssize_t>(n), "strict");
+    if (!s) throw py::error_already_set();
+    PyList_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(i), s);
+    p += 8 + n;
+  }
+  return std::move(out);
+}
+
+py::object value_object(const pe_value &v) {
+  const bool array = v.type == PE_ARRAY;
+  switch (array ? v.element_type : v.type) {
+    case PE_UINT8: return numbers<uint8_t>(v, array);
+    case PE_INT8: return numbers<int8_t>(v, array);
+    case PE_UINT16: return numbers<uint16_t>(v, array);
+    case PE_INT16: return numbers<int16_t>(v, array);
+    case PE_UINT32: return numbers<uint32_t>(v, array);
+    case PE_INT32: return numbers<int32_t>(v, array);
+    case PE_UINT64: return numbers<uint64_t>(v, array);
+    case PE_INT64: return numbers<int64_t>(v, array);
+    case PE_FLOAT32: return numbers<float>(v, array);
+    case PE_FLOAT64: return numbers<double>(v, array);
+    case PE_BOOL: return numbers<bool>(v, array);
+    case PE_STRING:
+      if (array) return string_array(v);
+      return py::str(static_cast<const char *>(v.data), v.size);
+    default: throw std::runtime_error("unknown metadata type");
+  }
+}
+
+// A GGUF file, its own or the one behind a model (then `owner` keeps the model alive).
+class File {
+ public:
+  static File open(const std::string &path, int load) {
+    pe_file *raw = nullptr;
+    pe_status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = pe_file_open(path.c_str(), static_cast<pe_load>(load), &raw);
+    }
+    check(status);
+    auto handle = std::make_shared<FileHandle>(raw);
+    return File(handle, raw);
+  }
+  File(std::shared_ptr<void> owner, const pe_file *raw) : owner_(std::move(owner)), raw_(raw) {}
+
+  void close() { owner_.reset(), raw_ = nullptr; }
+  uint32_t version() const { return pe_file_version(raw()); }
+
+  py::list keys() const {
+    py::list out;
+    for (uint64_t i = 0, n = pe_file_value_count(raw()); i < n; ++i) {
+      pe_value v;
+      check(pe_file_value_at(raw(), i, &v));
+      out.append(py::str(v.key));
+    }
+    return out;
+  }
+  py::object value(const std::string &key) const {
+    pe_value v;
+    check(pe_file_value(raw(), key.c_str(), &v));
+    return value_object(v);
+  }
+  py::list tensors() const {
+    py::list out;
+    for (uint64_t i = 0, n = pe_file_tensor_count(raw()); i < n; ++i) {
+      pe_tensor t;
+      check(pe_file_tensor_at(raw(), i, &t));
+      py::tuple dims(t.n_dims);
+      for (uint32_t d = 0; d < t.n_dims; ++d) dims[d] = t.dims[d];
+      out.append(py::make_tuple(py::str(t.name), t.type, dims, t.offset, t.size, t.part));
+    }
+    return out;
+  }
+  // The packed bytes as a read-only uint8 array that keeps the file open.
+  py::object data(const std::string &name) const {
+    pe_tensor t;
+    check(pe_file_tensor(raw(), name.c_str(), &t));
+    if (!t.data) return py::none();
+    auto *keep = new std::shared_ptr<void>(owner_);
+    py::capsule base(keep, [](void *p) { delete static_cast<std::shared_ptr<void> *>(p); });
+    py::array_t<uint8_t> view(static_cast<py::ssize_t>(t.size), static_cast<const uint8_t *>(t.data), base);
+    view.attr("setflags")(py::arg("write") = false);
+    return std::move(view);
+  }
+
+ private:
+  const pe_file *raw() const {
+    if (!raw_) raise_closed("file");
+    return raw_;
+  }
+  std::shared_ptr<void> owner_;
+  const pe_file *raw_;
+};
+
+// ---- model and session ----
+
+// Carries a Python progress callable through the C callback; the first exception cancels and is raised afterwards.
+struct Progress {
+  py::object call;
+  std::optional<py::error_already_set> error;
+
+  static int32_t hook(void *self, float fraction) {
+    auto *p = static_cast<Progress *>(self);
+    py::gil_scoped_acquire locked;
+    try {
+      return p->call(fraction).is(py::bool_(false)) ? 1 : 0;  // False cancels, None goes on
+    } catch (py::error_already_set &e) {
+      p->error.emplace(std::move(e));
+      return 1;
+    }
+  }
+};
+
+class Session;
+
+class Model {
+ public:
+  static Model open(const std::string &path, int load, float rope_attn_scale, const py::object &progress) {
+    pe_model_options options;
+    pe_model_options_init(&options);
+    options.load = static_cast<pe_load>(load);
+    options.rope_attn_scale = rope_attn_scale;
+    Progress carrier{progress, {}};
+    if (!progress.is_none()) {
+      options.progress = Progress::hook;
+      options.user = &carrier;
+    }
+    pe_model *raw = nullptr;
+    pe_status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = pe_model_open(path.c_str(), &options, &raw);
+    }
+    if (carrier.error) {
+      pe_model_close(raw);
+      throw std::move(*carrier.error);
+    }
+    check(status);
+    Model m;
+    m.handle_ = std::make_shared<ModelHandle>(raw);
+    return m;
+  }
+  void close() { handle_.reset(); }
+  const std::shared_ptr<ModelHandle> &handle() const {
+    if (!handle_) raise_closed("model");
+    return handle_;
+  }
+  File file() const { return File(handle(), pe_model_file(handle()->raw)); }
+  py::dict info() const {
+    pe_model_info i;
+    pe_model_info_init(&i);
+    check(pe_model_get_info(handle()->raw, &i));
+    py::dict d;
+    d["architecture"] = i.architecture;
+    d["n_vocab"] = i.n_vocab;
+    d["n_ctx_train"] = i.n_ctx_train;
+    d["n_layers"] = i.n_layers;
+    d["n_embd"] = i.n_embd;
+    d["n_heads"] = i.n_heads;
+    d["n_kv_heads"] = i.n_kv_heads;
+    d["head_dim_k"] = i.head_dim_k;
+    d["head_dim_v"] = i.head_dim_v;
+    d["n_ff"] = i.n_ff;
+    d["n_params"] = i.n_params;
+    d["weight_bytes"] = i.weight_bytes;
+    d["notes"] = i.notes;
+    return d;
+  }
+
+ private:
+  std::shared_ptr<ModelHandle> handle_;
+};
+
+pe_session_options session_options(uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv, uint32_t chunk) {
+  pe_session_options o;
+  pe_session_options_init(&o);
+  o.n_ctx = n_ctx;
+  o.n_threads = threads;
+  o.n_threads_prefill = prefill;
+  o.kv_type = kv;
+  o.n_chunk = chunk;
+  return o;
+}
+
+class Session {
+ public:
+  Session(const Model &model, uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv, uint32_t chunk)
+      : model_(model.handle()) {
+    pe_model_info info;
+    pe_model_info_init(&info);
+    check(pe_model_get_info(model_->raw, &info));
+    n_vocab_ = info.n_vocab;
+    const pe_session_options o = session_options(n_ctx, threads, prefill, kv, chunk);
+    pe_session *raw = nullptr;
+    pe_status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = pe_session_create(model_->raw, &o, &raw);
+    }
+    check(status);
+    handle_ = std::make_shared<SessionHandle>(raw);
+  }
+  // A running eval keeps its own reference: it is cancelled, and the memory goes when it returns.
+  void close() {
+    if (handle_) pe_session_cancel(handle_->raw);
+    std::shared_ptr<SessionHandle> last = std::move(handle_);
+    handle_.reset();
+    py::gil_scoped_release unlocked;
+    last.reset();
+  }
+  py::array_t<float> eval(const IdArray &tokens, int want) {
+    const std::shared_ptr<SessionHandle> keep = handle();
+    const auto n = static_cast<size_t>(tokens.size());
+    const size_t rows = want == PE_LOGITS_NONE ? 0 : want == PE_LOGITS_ALL ? n : 1;
+    py::array_t<float> out({static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(n_vocab_)});
+    // A private copy: another Python thread could resize or write the caller's array while the GIL is released.
+    const std::vector<int32_t> ids(tokens.data(), tokens.data() + n);
+    float *logits = rows ? out.mutable_data() : nullptr;
+    pe_status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = pe_session_eval(keep->raw, ids.data(), n, static_cast<pe_logits>(want), logits, rows * n_vocab_);
+    }
+    check(status);
+    return out;
+  }
+  size_t length() const { return pe_session_length(handle()->raw); }
+  uint32_t context() const { return pe_session_context(handle()->raw); }
+  uint32_t threads() const { return pe_session_threads(handle()->raw); }
+  py::array_t<int32_t> tokens() const {
+    return py::array_t<int32_t>(static_cast<py::ssize_t>(length()), pe_session_tokens(handle()->raw));
+  }
+  void truncate(size_t n) { check(pe_session_truncate(handle()->raw, n)); }
+  size_t reuse(const IdArray &tokens) {
+    size_t kept = 0;
+    check(pe_session_reuse(handle()->raw, tokens.data(), static_cast<size_t>(tokens.size()), &kept));
+    return kept;
+  }
+  void cancel() {
+    if (handle_) pe_session_cancel(handle_->raw);
+  }
+  void clear_cancel() { pe_session_clear_cancel(handle()->raw); }
+
+ private:
+  const std::shared_ptr<SessionHandle> &handle() const {
+    if (!handle_) raise_closed("session");
+    return handle_;
+  }
+  std::shared_ptr<ModelHandle> model_;
+  std::shared_ptr<SessionHandle> handle_;
+  size_t n_vocab_ = 0;
+};
+
+py::tuple session_bytes(const Model &model, uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv, uint32_t chunk) {
+  const pe_session_options o = session_options(n_ctx, threads, prefill, kv, chunk);
+  uint64_t kv_bytes = 0;
+  uint64_t scratch = 0;
+  check(pe_session_bytes(model.handle()->raw, &o, &kv_bytes, &scratch));
+  return py::make_tuple(kv_bytes, scratch);
+}
+
+// ---- tensor formats ----
+
+py::list formats() {
+  py::list out;
+  pe_format f;
+  for (size_t i = 0; pe_format_at(i, &f) == PE_OK; ++i)
+    out.append(py::make_tuple(f.type, f.name, f.block_size, f.block_bytes, f.can_quantise != 0));
+  return out;
+}
+
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+FloatArray dequantise(int type, const Bytes &src, size_t rows, size_t cols) {
+  FloatArray out({rows, cols});
+  float *dst = out.mutable_data();
+  pe_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = pe_dequantise_rows(type, src.data(), static_cast<size_t>(src.size()), rows, cols, dst, rows * cols);
+  }
+  check(status);
+  return out;
+}
+
+Bytes quantise(int type, const FloatArray &src, size_t row_bytes, uint32_t threads) {
+  const auto rows = static_cast<size_t>(src.shape(0));
+  const auto cols = static_cast<size_t>(src.shape(1));
+  Bytes out({rows, row_bytes});
+  uint8_t *dst = out.mutable_data();
+  pe_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = pe_quantise_rows(type, src.data(), rows * cols, rows, cols, dst, rows * row_bytes, threads);
+  }
+  check(status);
+  return out;
+}
+
+FloatArray linear(const std::string &tier, int type, const Bytes &w, size_t rows, size_t cols, const FloatArray &x) {
+  const auto tokens = static_cast<size_t>(x.shape(0));
+  FloatArray out({tokens, rows});
+  float *y = out.mutable_data();
+  pe_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = pe_linear(tier.c_str(), type, w.data(), static_cast<size_t>(w.size()), rows, cols, x.data(), tokens, y);
+  }
+  check(status);
+  return out;
+}
+
+py::list tiers() {
+  py::list out;
+  for (size_t i = 0; const char *name = pe_tier_name(i); ++i)
+    if (pe_tier_available(i)) out.append(py::str(name));
+  return out;
+}
+
+std::string tier_active() {
+  const char *name = nullptr;
+  check(pe_tier_active(&name));
+  return name;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The native engine; see pyengine.h. Use the pyengine package, not this module.";
+  m.def("version", &pe_version);
+  m.def("numerics_epoch", &pe_numerics_epoch);
+  m.def("tiers", &tiers);
+  m.def("tier_active", &tier_active);
+  m.def("formats", &formats);
+  m.def("dequantise", &dequantise, py::arg("type"), py::arg("src"), py::arg("rows"), py::arg("cols"));
+  m.def("quantise", &quantise, py::arg("type"), py::arg("src"), py::arg("row_bytes"), py::arg("threads"));
+  m.def("linear", &linear, py::arg("tier"), py::arg("type"), py::arg("w"), py::arg("rows"), py::arg("cols"), py::arg("x"));
+  m.def("session_bytes", &session_bytes, py::arg("model"), py::arg("n_ctx"), py::arg("threads"),
+        py::arg("threads_prefill"), py::arg("kv_type"), py::arg("chunk"));
+
+  py::class_<File>(m, "File")
+      .def_static("open", &File::open, py::arg("path"), py::arg("load"))
+      .def("close", &File::close)
+      .def("version", &File::version)
+      .def("keys", &File::keys)
+      .def("value", &File::value, py::arg("key"))
+      .def("tensors", &File::tensors)
+      .def("data", &File::data, py::arg("name"));
+
+  py::class_<Model>(m, "Model")
+      .def_static("open", &Model::open, py::arg("path"), py::arg("load"), py::arg("rope_attn_scale"), py::arg("progress"))
+      .def("close", &Model::close)
+      .def("file", &Model::file)
+      .def("info", &Model::info);
+
+  py::class_<Session>(m, "Session")
+      .def(py::init<const Model &, uint32_t, uint32_t, uint32_t, int, uint32_t>(), py::arg("model"), py::arg("n_ctx"),
+           py::arg("threads"), py::arg("threads_prefill"), py::arg("kv_type"), py::arg("chunk"))
+      .def("close", &Session::close)
+      .def("eval", &Session::eval, py::arg("tokens"), py::arg("want"))
+      .def("length", &Session::length)
+      .def("context", &Session::context)
+      .def("threads", &Session::threads)
+      .def("tokens", &Session::tokens)
+      .def("truncate", &Session::truncate, py::arg("n"))
+      .def("reuse", &Session::reuse, py::arg("tokens"))
+      .def("cancel", &Session::cancel)
+      .def("clear_cancel", &Session::clear_cancel);
+}

@@ -1,0 +1,197 @@
+"""Models and sessions: token ids in, logits out."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pyengine import _core
+from pyengine.errors import InvalidArgument
+from pyengine.gguf_file import GgufFile, Metadata, fs_path, load_mode
+
+if TYPE_CHECKING:
+    from pyengine.tokenizer import Tokenizer
+
+KvType = Literal["f16", "f32"]
+KV_TYPES: dict[KvType, int] = {"f16": 1, "f32": 0}
+_NONE, _LAST, _ALL = 0, 1, 2  # pe_logits
+
+
+class Model:
+    """A GGUF model, immutable: any number of threads may use it, each with sessions of its own."""
+
+    def __init__(self, core: _core.Model) -> None:
+        self._core = core
+        info = core.info()
+        self.architecture: str = info["architecture"]
+        self.n_vocab: int = info["n_vocab"]
+        self.n_ctx_train: int = info["n_ctx_train"]
+        self.n_layers: int = info["n_layers"]
+        self.n_embd: int = info["n_embd"]
+        self.n_heads: int = info["n_heads"]
+        self.n_kv_heads: int = info["n_kv_heads"]
+        self.head_dim_k: int = info["head_dim_k"]
+        self.head_dim_v: int = info["head_dim_v"]
+        self.n_ff: int = info["n_ff"]
+        self.n_params: int = info["n_params"]
+        self.weight_bytes: int = info["weight_bytes"]
+        self.notes: list[str] = info["notes"].splitlines()
+        self.file = GgufFile(core.file())
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        copy: bool = False,
+        rope_attn_scale: float | None = None,
+        progress: Callable[[float], object] | None = None,
+    ) -> Self:
+        """Opens and checks a model.
+
+        Args:
+            path: the GGUF file, or the first part of a split model.
+            copy: read the weights into private memory instead of mapping the file.
+            rope_attn_scale: overrides the attention scale of YaRN.
+            progress: called with 0..1; returning ``False`` (or raising) stops the load.
+
+        Errors: ``FileError``, ``FormatError``, ``UnsupportedError``, ``OutOfMemory``, ``Cancelled``, ``CpuError``.
+        """
+        if rope_attn_scale is not None and not rope_attn_scale > 0:
+            raise InvalidArgument(f"rope_attn_scale is {rope_attn_scale}; expected a number > 0", code="bad_option")
+        load = load_mode("copy" if copy else "mmap")
+        return cls(_core.Model.open(fs_path(path), load, rope_attn_scale or 0.0, progress))
+
+    @property
+    def metadata(self) -> Metadata:
+        return self.file.metadata
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The file's tokenizer, built when first asked for."""
+        from pyengine.tokenizer import Tokenizer
+
+        return Tokenizer.from_metadata(self.metadata)
+
+    def session(
+        self, n_ctx: int = 0, threads: int = 0, threads_prefill: int = 0, kv_type: KvType = "f16", chunk: int = 0
+    ) -> Session:
+        """A new session; see :class:`Session`."""
+        return Session(self, n_ctx, threads, threads_prefill, kv_type, chunk)
+
+    def session_bytes(
+        self, n_ctx: int = 0, threads: int = 0, threads_prefill: int = 0, kv_type: KvType = "f16", chunk: int = 0
+    ) -> tuple[int, int]:
+        """(KV cache, scratch) bytes that a session with these options allocates."""
+        return _core.session_bytes(self._core, *_options(n_ctx, threads, threads_prefill, kv_type, chunk))
+
+    def close(self) -> None:
+        """Releases the model; open sessions keep the weights alive until they are closed."""
+        self.file.close()
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Session:
+    """A token sequence with its KV cache; one thread at a time, except :meth:`cancel`.
+
+    Args:
+        n_ctx: positions of the cache; 0: the model's context, at most 4096.
+        threads, threads_prefill: 0: one per usable physical core.
+        kv_type: ``"f16"`` or ``"f32"``.
+        chunk: tokens per prefill step; no effect on any logit.
+    """
+
+    def __init__(
+        self, model: Model, n_ctx: int, threads: int, threads_prefill: int, kv_type: KvType, chunk: int
+    ) -> None:
+        self.model = model
+        options = _options(n_ctx, threads, threads_prefill, kv_type, chunk)
+        self._core = _core.Session(model._core, *options)
+        self.n_ctx = self._core.context()
+        self.threads = self._core.threads()
+
+    def eval(self, tokens: Sequence[int] | npt.NDArray[np.integer], all_logits: bool = False) -> npt.NDArray[np.float32]:
+        """Evaluates tokens after those already held.
+
+        Returns:
+            The last token's logits, float32 [n_vocab]; with ``all_logits`` one row per token, [len(tokens), n_vocab].
+
+        Errors: ``InvalidArgument`` (no tokens, an id out of range), ``ContextFull`` (nothing evaluated), ``Cancelled``,
+        ``NumericError``. After a failure ``len(session)`` says how many tokens it holds.
+        """
+        rows = self._core.eval(_ids(tokens), _ALL if all_logits else _LAST)
+        return rows if all_logits else rows[0]
+
+    def prefill(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> None:
+        """As :meth:`eval`, without computing logits."""
+        self._core.eval(_ids(tokens), _NONE)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids held, in order."""
+        return self._core.tokens().tolist()
+
+    def truncate(self, n: int) -> None:
+        """Forgets everything after the first ``n`` tokens."""
+        if n < 0:
+            raise InvalidArgument(f"cannot keep {n} tokens", code="bad_length")
+        self._core.truncate(n)
+
+    def reuse(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> int:
+        """Keeps the longest common beginning with ``tokens`` (at most all but one) and forgets the rest.
+
+        Returns how many are kept: evaluate ``tokens[kept:]`` next.
+        """
+        return self._core.reuse(_ids(tokens))
+
+    def cancel(self) -> None:
+        """From any thread: the running (or, when none runs, the next) eval raises ``Cancelled`` within 250 ms."""
+        self._core.cancel()
+
+    def clear_cancel(self) -> None:
+        """Takes back a :meth:`cancel` that no eval has met."""
+        self._core.clear_cancel()
+
+    def close(self) -> None:
+        self._core.close()
+
+    def __len__(self) -> int:
+        return self._core.length()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _options(n_ctx: int, threads: int, threads_prefill: int, kv_type: KvType, chunk: int) -> tuple[int, int, int, int, int]:
+    if kv_type not in KV_TYPES:
+        raise InvalidArgument(f"kv_type is {kv_type!r}; expected one of {', '.join(KV_TYPES)}", code="bad_option")
+    values = {"n_ctx": n_ctx, "threads": threads, "threads_prefill": threads_prefill, "chunk": chunk}
+    for name, value in values.items():
+        if not 0 <= value < 2**32:
+            raise InvalidArgument(f"{name} is {value}; expected 0..2^32-1", code="bad_option")
+    return n_ctx, threads, threads_prefill, KV_TYPES[kv_type], chunk
+
+
+def _ids(tokens: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+    ids = np.asarray(tokens, dtype=None if len(tokens) else np.int32)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise InvalidArgument(f"tokens have shape {ids.shape}, type {ids.dtype}; expected integers [n]", code="bad_tokens")
+    if ids.dtype != np.int32:
+        if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
+            raise InvalidArgument("a token id is outside 0..2^31-1", code="bad_tokens")
+        ids = ids.astype(np.int32)
+    return np.ascontiguousarray(ids)
