@@ -18,29 +18,21 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "quant/formats.h"
+
 namespace pe {
 
-// ---- formats ----
-
-enum class Act : int { F32, Q32, Q256 };  // how the activations facing a format are stored
-
-enum class Format : int {
-#define PE_FORMAT(name, id, block, bytes, act) name,
-#include "quant/formats.def"
-#undef PE_FORMAT
-  kCount
-};
-inline constexpr int kFormats = static_cast<int>(Format::kCount);
 inline constexpr int kActs = 3;
 
 // ---- activation rows ----
 //
 // One row of n activations, quantised once and shared by every linear operation that reads it. Memory of a row:
 //   Act::F32    float x[n]
-//   Act::Q32    int8_t q[n], float scale[n / 32],  int16_t sum[n / 16]      n: a multiple of 32
-//   Act::Q256   int8_t q[n], float scale[n / 256], int16_t sum[n / 16]      n: a multiple of 256
-// each part padded to a multiple of 64 bytes, in that order; sum[i] adds q[16 i .. 16 i + 15]. A row starts at a multiple
-// of 64 bytes. Quantising a block of activations x:
+//   Act::Q32    int8_t q[n], float scale[n / 32],  int16_t sum[n / 8]      n: a multiple of 32
+//   Act::Q256   int8_t q[n], float scale[n / 256], int16_t sum[n / 8]      n: a multiple of 256
+// each part padded to a multiple of 64 bytes, in that order. Each 16 values have two sums: sum[2 i] adds the q[16 i + j]
+// with j mod 4 in {0, 1}, sum[2 i + 1] those with j mod 4 in {2, 3}: where a kernel that adds products of neighbours in
+// int16 lanes starts those lanes. A row starts at a multiple of 64 bytes. Quantising a block of activations x:
 //   amax = max |x| (a NaN anywhere makes the block a NaN block)
 //   amax == 0, or so small that 127 / amax overflows (amax < 127 / FLT_MAX): scale 0, all q 0
 //   amax infinite or NaN:                                                    scale NaN, all q 0
@@ -60,7 +52,7 @@ static inline ActLayout act_layout(Act act, size_t n) {
   const size_t block = act == Act::Q32 ? 32 : 256;
   const size_t scale_at = pad64(n);
   const size_t sum_at = scale_at + pad64(4 * (n / block));
-  return {scale_at, sum_at, sum_at + pad64(2 * (n / 16))};
+  return {scale_at, sum_at, sum_at + pad64(2 * (n / 8))};
 }
 
 // ---- linear: y[t][r] = sum over k of W[r][k] * x[t][k] ----

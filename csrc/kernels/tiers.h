@@ -1,0 +1,20 @@
+// The entries of the tiers: each object in a tier's folder defines exactly one of these functions, and it overwrites its
+// part of the table. Only dispatch.cc calls them.
+#pragma once
+
+#include "kernels/kernels.h"
+
+namespace pe {
+
+void scalar_linear(KernelTable* table);     // linear, dequantise, quantise_act
+void scalar_ops(KernelTable* table);        // norms, rope, element-wise
+void scalar_attention(KernelTable* table);  // KV cache and attention
+
+void avx2_linear_act(KernelTable* table);    // quantise_act
+void avx2_linear_float(KernelTable* table);  // F32, F16, BF16
+void avx2_linear_q32(KernelTable* table);    // Q4_0, Q8_0
+void avx2_linear_q256(KernelTable* table);   // Q4_K, Q5_K, Q6_K
+void avx2_ops(KernelTable* table);
+void avx2_attention(KernelTable* table);
+
+}  // namespace pe

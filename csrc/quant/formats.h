@@ -1,0 +1,167 @@
+// Tensor formats: what a block of each looks like in a GGUF file, and the table of their sizes.
+//
+// Blocks are packed, little-endian, without alignment. Kernels include this header, so it uses no STL and defines nothing
+// with external linkage. In the comments x[k] is weight k of the block and u its stored code.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "GGUF blocks are read in place: a little-endian machine is needed"
+#endif
+
+namespace pe {
+
+enum class Act : int { F32, Q32, Q256 };  // how the activations facing a format are stored (kernels.h)
+
+enum class Format : int {
+#define PE_FORMAT(name, id, block, bytes, act) name,
+#include "quant/formats.def"
+#undef PE_FORMAT
+  kCount
+};
+inline constexpr int kFormats = static_cast<int>(Format::kCount);
+
+struct FormatInfo {
+  const char* name;  // "Q4_K"
+  int32_t type;      // GGUF type id
+  uint32_t block;    // weights per block
+  uint32_t bytes;    // bytes per block
+  Act act;
+};
+
+static constexpr FormatInfo kFormatInfo[kFormats] = {
+#define PE_FORMAT(name, id, block, bytes, act) {#name, id, block, bytes, Act::act},
+#include "quant/formats.def"
+#undef PE_FORMAT
+};
+
+static constexpr const FormatInfo& format_info(Format format) { return kFormatInfo[static_cast<int>(format)]; }
+
+// The format with this GGUF type id. False, with *out untouched, when this build does not read it.
+static constexpr bool format_from_type(int64_t type, Format* out) {
+  for (int i = 0; i < kFormats; ++i) {
+    if (kFormatInfo[i].type == type) {
+      *out = static_cast<Format>(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+// Bytes of a row of cols weights; cols is a multiple of the block. The caller has checked that it cannot overflow
+// (cols <= SIZE_MAX / 4 is enough for every format).
+static constexpr size_t bytes_per_row(Format format, size_t cols) {
+  return cols / format_info(format).block * format_info(format).bytes;
+}
+
+#pragma pack(push, 1)
+
+// 32 weights. Code k of a nibble array: low half of qs[k] for k < 16, high half of qs[k - 16] otherwise. Bit k of qh: bit 4.
+struct BlockQ4_0 {  // x = d (u - 8)
+  uint16_t d;
+  uint8_t qs[16];
+};
+struct BlockQ4_1 {  // x = d u + m
+  uint16_t d, m;
+  uint8_t qs[16];
+};
+struct BlockQ5_0 {  // x = d (u - 16)
+  uint16_t d;
+  uint8_t qh[4];
+  uint8_t qs[16];
+};
+struct BlockQ5_1 {  // x = d u + m
+  uint16_t d, m;
+  uint8_t qh[4];
+  uint8_t qs[16];
+};
+struct BlockQ8_0 {  // x = d q
+  uint16_t d;
+  int8_t qs[32];
+};
+struct BlockIQ4_NL {  // x = d kIq4Values[u]
+  uint16_t d;
+  uint8_t qs[16];
+};
+
+// 256 weights. Sub-block j: 16 or 32 consecutive weights with one integer scale (and minimum).
+struct BlockQ2_K {     // sub-blocks of 16: x = d sc u - dmin mn
+  uint8_t scales[16];  // sc in the low nibble, mn in the high
+  uint8_t qs[64];      // bits 2 s, 2 s + 1 of qs[32 h + i]: code 128 h + 32 s + i
+  uint16_t d, dmin;
+};
+struct BlockQ3_K {     // sub-blocks of 16: x = d (sc - 32) (u - 4)
+  uint8_t hmask[32];   // bit b of hmask[i]: bit 2 of code 32 b + i
+  uint8_t qs[64];      // the low two bits, as in Q2_K
+  uint8_t scales[12];  // 6-bit sc: low nibbles in bytes 0-7 (j, j + 8), high pairs in bytes 8-11 (j % 4, shift 2 (j / 4))
+  uint16_t d;
+};
+struct BlockQ4_K {  // sub-blocks of 32: x = d sc u - dmin mn
+  uint16_t d, dmin;
+  uint8_t scales[12];  // 6-bit sc, mn: unpack_scales_k4
+  uint8_t qs[128];     // qs[32 c + i]: code 64 c + i in the low nibble, 64 c + 32 + i in the high
+};
+struct BlockQ5_K {  // as Q4_K, with a fifth bit
+  uint16_t d, dmin;
+  uint8_t scales[12];
+  uint8_t qh[32];  // bit j of qh[i]: bit 4 of code 32 j + i
+  uint8_t qs[128];
+};
+struct BlockQ6_K {    // sub-blocks of 16: x = d sc (u - 32)
+  uint8_t ql[128];    // ql[64 h + i]: low nibbles of codes 128 h + i (low half) and 128 h + 64 + i (high half)
+  uint8_t qh[64];     // bits 2 s, 2 s + 1 of qh[32 h + i]: bits 4, 5 of code 128 h + 32 s + i
+  int8_t scales[16];
+  uint16_t d;
+};
+struct BlockIQ4_XS {    // sub-blocks of 32: x = d (sc - 32) kIq4Values[u]
+  uint16_t d;
+  uint16_t scales_h;    // bits 2 j, 2 j + 1: bits 4, 5 of sc j
+  uint8_t scales_l[4];  // low nibbles of sc 2 j (low half), 2 j + 1 (high half)
+  uint8_t qs[128];      // qs[16 j + i]: code 32 j + i in the low nibble, 32 j + 16 + i in the high
+};
+
+#pragma pack(pop)
+
+#define PE_CHECK_BLOCK(name, weights) \
+  static_assert(sizeof(Block##name) == format_info(Format::name).bytes && format_info(Format::name).block == weights)
+PE_CHECK_BLOCK(Q4_0, 32);
+PE_CHECK_BLOCK(Q4_1, 32);
+PE_CHECK_BLOCK(Q5_0, 32);
+PE_CHECK_BLOCK(Q5_1, 32);
+PE_CHECK_BLOCK(Q8_0, 32);
+PE_CHECK_BLOCK(IQ4_NL, 32);
+PE_CHECK_BLOCK(Q2_K, 256);
+PE_CHECK_BLOCK(Q3_K, 256);
+PE_CHECK_BLOCK(Q4_K, 256);
+PE_CHECK_BLOCK(Q5_K, 256);
+PE_CHECK_BLOCK(Q6_K, 256);
+PE_CHECK_BLOCK(IQ4_XS, 256);
+#undef PE_CHECK_BLOCK
+
+// The 16 levels of the IQ4 formats.
+static constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+// Q4_K and Q5_K pack eight 6-bit scales (capitals) and minima (small letters) into 12 bytes:
+//   bytes 0-3   EEAAAAAA FFBBBBBB GGCCCCCC HHDDDDDD
+//   bytes 4-7   eeaaaaaa ffbbbbbb ggcccccc hhdddddd
+//   bytes 8-11  eeeeEEEE ffffFFFF ggggGGGG hhhhHHHH
+static inline void unpack_scales_k4(const uint8_t packed[12], uint8_t scale[8], uint8_t min[8]) {
+  for (int j = 0; j < 4; ++j) {
+    scale[j] = packed[j] & 63;
+    min[j] = packed[j + 4] & 63;
+    scale[j + 4] = static_cast<uint8_t>((packed[j + 8] & 15) | ((packed[j] >> 6) << 4));
+    min[j + 4] = static_cast<uint8_t>((packed[j + 8] >> 4) | ((packed[j + 4] >> 6) << 4));
+  }
+}
+
+static inline void pack_scales_k4(const uint8_t scale[8], const uint8_t min[8], uint8_t packed[12]) {
+  for (int j = 0; j < 4; ++j) {
+    packed[j] = static_cast<uint8_t>(scale[j] | ((scale[j + 4] >> 4) << 6));
+    packed[j + 4] = static_cast<uint8_t>(min[j] | ((min[j + 4] >> 4) << 6));
+    packed[j + 8] = static_cast<uint8_t>((scale[j + 4] & 15) | ((min[j + 4] & 15) << 4));
+  }
+}
+
+}  // namespace pe
