@@ -1,0 +1,58 @@
+// A file to read: by position, as a mapping, or as a private copy.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+
+#include "base/aligned_buffer.h"
+
+namespace pe {
+
+// A regular, non-empty file that is open for reading. Its size is fixed when it is opened; if the file is found shorter
+// later, read_at and copy fail with "file_changed". Reading through map() after something else truncated the file is
+// SIGBUS, as with any mapping; copy() is the safe way.
+class MappedFile {
+ public:
+  // Called with 0..1 while copying; returning true stops it with Error(kCancelled).
+  using Progress = std::function<bool(float)>;
+
+  // `path` is UTF-8. Never blocks on a FIFO or device. Codes: file_not_found, permission_denied, is_directory,
+  // not_regular_file, empty_file, bad_path, io_error.
+  static MappedFile open(const std::string& path);
+  // The caller's memory as if it were a file; it must outlive the object.
+  static MappedFile borrow(std::span<const std::byte> bytes);
+
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  ~MappedFile();
+
+  uint64_t size() const { return size_; }
+  // The whole file after map() or borrow(), its first bytes after copy(), NULL otherwise.
+  const std::byte* data() const { return data_; }
+
+  // Exactly n bytes from `offset`; the range must be inside the file.
+  void read_at(uint64_t offset, void* dst, size_t n) const;
+  // Makes data() the file's pages, shared and read-only.
+  void map();
+  // Makes data() a private copy of bytes 0..end.
+  void copy(uint64_t end, const Progress& progress = {});
+  // Tells the operating system that the whole mapping will be read soon.
+  void prefetch() const;
+  // Gives the file handle back; data() stays. read_at, map and copy need it.
+  void close_handle() noexcept;
+
+ private:
+  MappedFile() = default;
+
+  uint64_t size_ = 0;
+  const std::byte* data_ = nullptr;
+  bool borrowed_ = false;
+  bool mapped_ = false;
+  intptr_t handle_ = -1;  // a file descriptor, or a Windows HANDLE
+  AlignedBuffer copy_;
+};
+
+}  // namespace pe
