@@ -65,7 +65,7 @@ py::object numbers(const pe_value &v, bool array) {
   if (!array) return py::cast(load<T>(v.data));
   py::array_t<T> out(static_cast<py::ssize_t>(v.count));
   if (v.count) std::memcpy(out.mutable_data(), v.data, v.count * sizeof(T));
-  return std::move(out);
+  return out;
 }
 
 py::object string_array(const pe_value &v) {
@@ -78,7 +78,7 @@ py::object string_array(const pe_value &v) {
     PyList_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(i), s);
     p += 8 + n;
   }
-  return std::move(out);
+  return out;
 }
 
 py::object value_object(const pe_value &v) {
@@ -155,7 +155,7 @@ class File {
     py::capsule base(keep, [](void *p) { delete static_cast<std::shared_ptr<void> *>(p); });
     py::array_t<uint8_t> view(static_cast<py::ssize_t>(t.size), static_cast<const uint8_t *>(t.data), base);
     view.attr("setflags")(py::arg("write") = false);
-    return std::move(view);
+    return view;
   }
 
  private:

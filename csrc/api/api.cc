@@ -1,0 +1,287 @@
+// The C interface of libraries, files, models and sessions: argument checks, and one call into the engine each.
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "api/last_error.h"
+#include "api/pyengine.h"
+#include "gguf/reader.h"
+#include "model/model.h"
+#include "model/session.h"
+
+using namespace pe;
+
+// A file opened by the caller, or a view of the one behind a model.
+struct pe_file {
+  std::shared_ptr<const gguf::File> file;
+};
+
+struct pe_model {
+  std::shared_ptr<const Model> model;
+  pe_file file;
+};
+
+struct pe_session {
+  Session session;
+};
+
+namespace {
+
+static_assert(static_cast<int>(gguf::Load::kMap) == PE_LOAD_MMAP && static_cast<int>(gguf::Load::kCopy) == PE_LOAD_COPY &&
+              static_cast<int>(gguf::Load::kHeader) == PE_LOAD_HEADER);
+static_assert(static_cast<int>(gguf::ValueType::kUint8) == PE_UINT8 &&
+              static_cast<int>(gguf::ValueType::kArray) == PE_ARRAY &&
+              static_cast<int>(gguf::ValueType::kFloat64) == PE_FLOAT64);
+static_assert(static_cast<int>(Want::kNone) == PE_LOGITS_NONE && static_cast<int>(Want::kLast) == PE_LOGITS_LAST &&
+              static_cast<int>(Want::kAll) == PE_LOGITS_ALL);
+
+// The caller's struct over our defaults: an older caller's is shorter, a newer one's longer.
+template <typename Options>
+Options read_options(const Options* given, void (*init)(Options*)) {
+  Options options;
+  init(&options);
+  if (!given) return options;
+  if (given->struct_size < sizeof given->struct_size || given->struct_size > 4096)
+    bad_argument("options.struct_size", "is not set: call the _init function first");
+  std::memcpy(&options, given, std::min<size_t>(given->struct_size, sizeof options));
+  return options;
+}
+
+gguf::Load load_of(pe_load load, bool header) {
+  if (load != PE_LOAD_MMAP && load != PE_LOAD_COPY && !(header && load == PE_LOAD_HEADER))
+    bad_argument("load", "is no known pe_load for this call");
+  return static_cast<gguf::Load>(load);
+}
+
+pe_value value_of(const gguf::Value& v) {
+  return {.key = v.key.c_str(),
+          .type = static_cast<pe_value_type>(v.type),
+          .element_type = static_cast<pe_value_type>(v.element_type),
+          .count = v.count,
+          .size = v.size,
+          .data = v.data};
+}
+
+pe_tensor tensor_of(const gguf::TensorInfo& t) {
+  pe_tensor out{.name = t.name.c_str(),
+                .type = static_cast<int32_t>(t.type),
+                .n_dims = t.n_dims,
+                .dims = {},
+                .offset = t.offset,
+                .size = t.size,
+                .part = t.part,
+                .data = t.data};
+  std::memcpy(out.dims, t.dims, sizeof out.dims);
+  return out;
+}
+
+SessionOptions session_options(const pe_session_options* given) {
+  const pe_session_options o = read_options(given, pe_session_options_init);
+  SessionOptions out;
+  out.n_ctx = o.n_ctx;
+  out.n_threads = o.n_threads;
+  out.n_threads_prefill = o.n_threads_prefill;
+  out.n_chunk = o.n_chunk;
+  if (o.kv_type == 1) {
+    out.kv = Kv::F16;
+  } else if (o.kv_type == 0) {
+    out.kv = Kv::F32;
+  } else {
+    throw Error(Status::kUnsupported, "bad_option",
+                "a KV cache of tensor type " + std::to_string(o.kv_type) + " is not supported; known: 1 (F16), 0 (F32)",
+                "kv_type");
+  }
+  return out;
+}
+
+// `*out` is zero unless the call succeeds.
+template <typename T>
+T& cleared(T* out) {
+  std::memset(&not_null(out, "out"), 0, sizeof *out);
+  return *out;
+}
+
+}  // namespace
+
+// ---- files ----
+
+pe_status pe_file_open(const char* path, pe_load load, pe_file** out) {
+  return guarded([&] {
+    not_null(out, "out") = nullptr;
+    not_null(path, "path");
+    *out = new pe_file{gguf::File::open(path, load_of(load, true))};
+  });
+}
+
+void pe_file_close(pe_file* file) { delete file; }
+
+uint32_t pe_file_version(const pe_file* file) { return file ? file->file->version() : 0; }
+uint64_t pe_file_value_count(const pe_file* file) { return file ? file->file->values().size() : 0; }
+uint64_t pe_file_tensor_count(const pe_file* file) { return file ? file->file->tensors().size() : 0; }
+
+pe_status pe_file_value_at(const pe_file* file, uint64_t index, pe_value* out) {
+  return guarded([&] {
+    cleared(out);
+    const auto values = not_null(file, "file").file->values();
+    if (index >= values.size()) bad_argument("index", "is past the last value");
+    *out = value_of(values[index]);
+  });
+}
+
+pe_status pe_file_tensor_at(const pe_file* file, uint64_t index, pe_tensor* out) {
+  return guarded([&] {
+    cleared(out);
+    const auto tensors = not_null(file, "file").file->tensors();
+    if (index >= tensors.size()) bad_argument("index", "is past the last tensor");
+    *out = tensor_of(tensors[index]);
+  });
+}
+
+pe_status pe_file_value(const pe_file* file, const char* key, pe_value* out) {
+  return guarded([&] {
+    cleared(out);
+    const gguf::Value* value = not_null(file, "file").file->find(&not_null(key, "key"));
+    if (!value) throw Error(Status::kArgument, "not_found", std::string("the file has no key ") + key, key);
+    *out = value_of(*value);
+  });
+}
+
+pe_status pe_file_tensor(const pe_file* file, const char* name, pe_tensor* out) {
+  return guarded([&] {
+    cleared(out);
+    const gguf::TensorInfo* tensor = not_null(file, "file").file->find_tensor(&not_null(name, "name"));
+    if (!tensor) throw Error(Status::kArgument, "not_found", std::string("the file has no tensor ") + name, name);
+    *out = tensor_of(*tensor);
+  });
+}
+
+// ---- models ----
+
+void pe_model_options_init(pe_model_options* options) {
+  if (options) *options = {sizeof *options, PE_LOAD_MMAP, 0.0f, nullptr, nullptr};
+}
+
+void pe_model_info_init(pe_model_info* info) {
+  if (!info) return;
+  *info = {};
+  info->struct_size = sizeof *info;
+}
+
+pe_status pe_model_open(const char* path, const pe_model_options* options, pe_model** out) {
+  return guarded([&] {
+    not_null(out, "out") = nullptr;
+    not_null(path, "path");
+    const pe_model_options o = read_options(options, pe_model_options_init);
+    if (!(o.rope_attn_scale >= 0 && o.rope_attn_scale <= 1e3f))
+      bad_argument("rope_attn_scale", "must be 0 (from the file) or at most 1000");
+    ModelOptions mo;
+    mo.load = load_of(o.load, false);
+    mo.rope_attn_scale = o.rope_attn_scale;
+    if (o.progress) mo.progress = [&o](float fraction) { return o.progress(o.user, fraction) != 0; };
+    auto model = Model::open(path, mo);
+    *out = new pe_model{model, {model->file()}};
+  });
+}
+
+void pe_model_close(pe_model* model) { delete model; }
+
+pe_status pe_model_get_info(const pe_model* model, pe_model_info* out) {
+  return guarded([&] {
+    const uint32_t size = not_null(out, "out").struct_size;
+    if (size < sizeof out->struct_size || size > 4096) bad_argument("out.struct_size", "is not set: call pe_model_info_init");
+    const Model& m = *not_null(model, "model").model;
+    const ModelConfig& c = m.config();
+    pe_model_info info{.struct_size = size,
+                       .architecture = c.arch->name,
+                       .n_vocab = static_cast<uint32_t>(c.n_vocab),
+                       .n_ctx_train = static_cast<uint32_t>(c.n_ctx_train),
+                       .n_layers = static_cast<uint32_t>(c.n_layers),
+                       .n_embd = static_cast<uint32_t>(c.n_embd),
+                       .n_heads = static_cast<uint32_t>(c.n_heads),
+                       .n_kv_heads = static_cast<uint32_t>(c.n_kv_heads),
+                       .head_dim_k = static_cast<uint32_t>(c.head_dim_k),
+                       .head_dim_v = static_cast<uint32_t>(c.head_dim_v),
+                       .n_ff = static_cast<uint32_t>(c.n_ff),
+                       .n_params = m.n_params(),
+                       .weight_bytes = m.weight_bytes(),
+                       .notes = c.notes.c_str()};
+    std::memcpy(out, &info, std::min<size_t>(size, sizeof info));
+  });
+}
+
+const pe_file* pe_model_file(const pe_model* model) { return model ? &model->file : nullptr; }
+
+// ---- sessions ----
+
+void pe_session_options_init(pe_session_options* options) {
+  if (options) *options = {sizeof *options, 0, 0, 0, 1, 0};
+}
+
+pe_status pe_session_bytes(const pe_model* model, const pe_session_options* options, uint64_t* kv_bytes,
+                           uint64_t* scratch_bytes) {
+  return guarded([&] {
+    not_null(kv_bytes, "kv_bytes") = 0;
+    not_null(scratch_bytes, "scratch_bytes") = 0;
+    const Session::Bytes bytes = Session::bytes(*not_null(model, "model").model, session_options(options));
+    *kv_bytes = bytes.kv;
+    *scratch_bytes = bytes.scratch;
+  });
+}
+
+pe_status pe_session_create(pe_model* model, const pe_session_options* options, pe_session** out) {
+  return guarded([&] {
+    not_null(out, "out") = nullptr;
+    const std::shared_ptr<const Model>& shared = not_null(model, "model").model;
+    *out = new pe_session{Session(shared, session_options(options))};
+  });
+}
+
+void pe_session_free(pe_session* session) { delete session; }
+
+pe_status pe_session_eval(pe_session* session, const int32_t* tokens, size_t n, pe_logits want, float* logits,
+                          size_t logits_count) {
+  return guarded([&] {
+    Session& s = not_null(session, "session").session;
+    if (n) not_null(tokens, "tokens");
+    if (want != PE_LOGITS_NONE && want != PE_LOGITS_LAST && want != PE_LOGITS_ALL)
+      bad_argument("want", "is no known pe_logits");
+    if (want != PE_LOGITS_NONE) {
+      not_null(logits, "logits");
+      const size_t rows = want == PE_LOGITS_ALL ? n : 1;
+      if (logits_count / s.model().config().n_vocab < rows) bad_argument("logits_count", "is too small for the asked rows");
+    }
+    s.eval(tokens, n, static_cast<Want>(want), logits);
+  });
+}
+
+size_t pe_session_length(const pe_session* session) { return session ? session->session.tokens().size() : 0; }
+const int32_t* pe_session_tokens(const pe_session* session) {
+  return session ? session->session.tokens().data() : nullptr;
+}
+uint32_t pe_session_context(const pe_session* session) {
+  return session ? static_cast<uint32_t>(session->session.n_ctx()) : 0;
+}
+uint32_t pe_session_threads(const pe_session* session) {
+  return session ? static_cast<uint32_t>(session->session.n_threads()) : 0;
+}
+
+pe_status pe_session_truncate(pe_session* session, size_t n) {
+  return guarded([&] { not_null(session, "session").session.truncate(n); });
+}
+
+pe_status pe_session_reuse(pe_session* session, const int32_t* tokens, size_t n, size_t* kept) {
+  return guarded([&] {
+    not_null(kept, "kept") = 0;
+    if (n) not_null(tokens, "tokens");
+    *kept = not_null(session, "session").session.reuse(tokens, n);
+  });
+}
+
+void pe_session_cancel(pe_session* session) {
+  if (session) session->session.cancel();
+}
+
+void pe_session_clear_cancel(pe_session* session) {
+  if (session) session->session.clear_cancel();
+}

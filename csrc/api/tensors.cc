@@ -1,0 +1,165 @@
+// The C interface of the library itself, its tiers and its tensor formats.
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "api/last_error.h"
+#include "api/pyengine.h"
+#include "base/aligned_buffer.h"
+#include "base/checked.h"
+#include "base/fp_env.h"
+#include "base/text.h"
+#include "gguf/types.h"
+#include "kernels/kernels.h"
+#include "quant/formats.h"
+#include "quant/quantise.h"
+#include "runtime/thread_pool.h"
+
+using namespace pe;
+
+namespace {
+
+// Bumped whenever any logit of any file may change; docs/numerics.md keeps the history.
+constexpr uint32_t kNumericsEpoch = 1;
+
+constexpr uint32_t kMaxQuantiseThreads = 512;
+constexpr size_t kQuantiseRows = 8;  // rows a thread takes at a time
+
+Format format_of(int32_t type) {
+  Format format;
+  if (!format_from_type(type, &format))
+    throw Error(Status::kUnsupported, "unsupported_tensor_type",
+                "tensor type " + gguf::type_name(static_cast<uint32_t>(type)) + " is not supported; known: " +
+                    gguf::runnable_types());
+  return format;
+}
+
+// Bytes of a matrix, checked against what the caller has.
+size_t row_bytes_of(Format format, size_t rows, size_t cols, size_t packed_bytes, size_t count, bool count_matters) {
+  const FormatInfo& info = format_info(format);
+  if (rows == 0 || cols == 0 || cols % info.block || cols > SIZE_MAX / 8)
+    throw Error(Status::kArgument, "bad_shape",
+                std::to_string(rows) + " x " + std::to_string(cols) + " is no shape for " + info.name +
+                    "; expected at least one row, columns a multiple of " + std::to_string(info.block));
+  const size_t row = bytes_per_row(format, cols);
+  uint64_t bytes = 0;
+  uint64_t values = 0;
+  if (!checked_mul(row, rows, &bytes) || !checked_mul(rows, cols, &values) || bytes != packed_bytes ||
+      (count_matters && values != count))
+    throw Error(Status::kArgument, "bad_shape",
+                "the buffers do not fit a " + std::to_string(rows) + " x " + std::to_string(cols) + " matrix of " + info.name);
+  return row;
+}
+
+Tier tier_of(const char* name) {
+  for (int i = 0; i < kTiers; ++i) {
+    const Tier tier = static_cast<Tier>(i);
+    if (std::strcmp(tier_name(tier), name) != 0) continue;
+    if (!tier_available(tier))
+      throw Error(Status::kCpu, "tier_unavailable", std::string("this processor or build lacks the tier ") + name, "tier");
+    return tier;
+  }
+  throw Error(Status::kArgument, "unknown_tier", "unknown instruction-set tier \"" + printable(name) + "\"", "tier");
+}
+
+}  // namespace
+
+const char* pe_version(void) { return PE_VERSION; }
+uint32_t pe_numerics_epoch(void) { return kNumericsEpoch; }
+
+const char* pe_tier_name(size_t index) { return index < kTiers ? tier_name(static_cast<Tier>(index)) : nullptr; }
+int pe_tier_available(size_t index) { return index < kTiers && tier_available(static_cast<Tier>(index)); }
+
+pe_status pe_tier_active(const char** out) {
+  return guarded([&] {
+    not_null(out, "out") = nullptr;
+    Tier tier;
+    const char* wanted = nullptr;
+    if (!kernels_active(&tier, &wanted))
+      throw Error(Status::kCpu, "tier_unavailable",
+                  "PYENGINE_ISA asks for \"" + printable(wanted) + "\", which this processor or build lacks", "PYENGINE_ISA");
+    *out = tier_name(tier);
+  });
+}
+
+pe_status pe_format_at(size_t index, pe_format* out) {
+  return guarded([&] {
+    std::memset(&not_null(out, "out"), 0, sizeof *out);
+    if (index >= kFormats) bad_argument("index", "is past the last format");
+    const FormatInfo& f = kFormatInfo[index];
+    *out = {f.type, f.name, f.block, f.bytes, 1};
+  });
+}
+
+pe_status pe_dequantise_rows(int32_t type, const void* src, size_t src_size, size_t rows, size_t cols, float* dst,
+                             size_t dst_count) {
+  return guarded([&] {
+    const FpEnv fp_env;
+    const Format format = format_of(type);
+    const auto* p = static_cast<const uint8_t*>(src);
+    not_null(p, "src");
+    not_null(dst, "dst");
+    const size_t stride = row_bytes_of(format, rows, cols, src_size, dst_count, true);
+    const DequantiseFn dequantise = kernels_for(Tier::kScalar)->dequantise[static_cast<int>(format)];
+    for (size_t r = 0; r < rows; ++r) dequantise(p + r * stride, cols, dst + r * cols);
+  });
+}
+
+pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, size_t rows, size_t cols, void* dst,
+                           size_t dst_size, uint32_t n_threads) {
+  return guarded([&] {
+    const Format format = format_of(type);
+    auto* out = static_cast<uint8_t*>(dst);
+    not_null(src, "src");
+    not_null(out, "dst");
+    if (n_threads > kMaxQuantiseThreads) bad_argument("n_threads", "is more than 512");
+    const size_t stride = row_bytes_of(format, rows, cols, dst_size, src_count, true);
+    const size_t n_team = std::clamp<size_t>(n_threads, 1, rows);
+    std::atomic<uint64_t> bad{UINT64_MAX};  // the first value that cannot be stored
+    const auto quantise = [&](Team& team) {
+      team.for_each(rows, kQuantiseRows, [&](size_t begin, size_t end) {
+        for (size_t r = begin; r < end; ++r) {
+          const size_t ok = quantise_row(format, src + r * cols, cols, out + r * stride);
+          uint64_t seen = bad.load();
+          while (ok != cols && r * cols + ok < seen && !bad.compare_exchange_weak(seen, r * cols + ok)) {
+          }
+        }
+      });
+    };
+    ThreadPool(static_cast<int>(n_team)).run(static_cast<int>(n_team), quantise);
+    if (bad.load() != UINT64_MAX)
+      throw Error(Status::kArgument, "not_storable",
+                  "the value in row " + std::to_string(bad.load() / cols) + ", column " + std::to_string(bad.load() % cols) +
+                      " is NaN, infinite or too large for " + format_info(format).name);
+  });
+}
+
+pe_status pe_linear(const char* tier, int32_t type, const void* w, size_t w_size, size_t rows, size_t cols, const float* x,
+                    size_t n_tokens, float* y) {
+  return guarded([&] {
+    const FpEnv fp_env;
+    const KernelTable& kernels = *kernels_for(tier_of(&not_null(tier, "tier")));
+    const Format format = format_of(type);
+    not_null(static_cast<const uint8_t*>(w), "w");
+    not_null(x, "x");
+    not_null(y, "y");
+    const size_t stride = row_bytes_of(format, rows, cols, w_size, 0, false);
+    uint64_t scratch = 0;
+    const Act act = format_info(format).act;
+    const ActLayout layout = act_layout(act, cols);
+    if (n_tokens == 0 || !checked_mul(layout.bytes, n_tokens, &scratch)) bad_argument("n_tokens", "must be at least 1");
+    AlignedBuffer acts(scratch);
+    for (size_t t = 0; t < n_tokens; ++t)
+      kernels.quantise_act[static_cast<int>(act)](x + t * cols, cols, acts.data() + t * layout.bytes);
+    kernels.linear[static_cast<int>(format)]({.w = w,
+                                              .w_stride = stride,
+                                              .rows = rows,
+                                              .cols = cols,
+                                              .x = acts.data(),
+                                              .x_stride = layout.bytes,
+                                              .tokens = n_tokens,
+                                              .y = y,
+                                              .y_stride = rows});
+  });
+}

@@ -1,0 +1,42 @@
+// A model ready to run: the checked file, its numbers, its weights. Immutable, shared by any number of sessions.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "gguf/reader.h"
+#include "kernels/kernels.h"
+#include "model/weights.h"
+
+namespace pe {
+
+struct ModelOptions {
+  gguf::Load load = gguf::Load::kMap;
+  float rope_attn_scale = 0;              // > 0 overrides the file
+  std::function<bool(float)> progress;    // 0..1; true stops with Error kCancelled
+};
+
+class Model {
+ public:
+  // Throws Error: kIo, kFormat, kUnsupported, kMemory, kCancelled, kCpu.
+  static std::shared_ptr<const Model> open(const std::string& path, const ModelOptions& options);
+
+  const std::shared_ptr<const gguf::File>& file() const { return file_; }
+  const ModelConfig& config() const { return config_; }
+  const Weights& weights() const { return weights_; }
+  const KernelTable& kernels() const { return *kernels_; }
+  uint64_t n_params() const { return n_params_; }
+  uint64_t weight_bytes() const { return weight_bytes_; }
+
+ private:
+  Model() = default;
+  std::shared_ptr<const gguf::File> file_;
+  ModelConfig config_;
+  Weights weights_;
+  const KernelTable* kernels_ = nullptr;
+  uint64_t n_params_ = 0;
+  uint64_t weight_bytes_ = 0;
+};
+
+}  // namespace pe

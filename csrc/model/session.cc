@@ -1,0 +1,157 @@
+#include "model/session.h"
+
+#include <algorithm>
+#include <string>
+
+#include "base/cpu_count.h"
+#include "base/error.h"
+#include "base/fp_env.h"
+#include "gguf/limits.h"
+
+namespace pe {
+
+namespace {
+
+size_t in_range(const char* name, size_t value, size_t low, size_t high) {
+  if (value < low || value > high)
+    throw Error(Status::kArgument, "bad_option",
+                std::string(name) + " is " + std::to_string(value) + "; expected " + std::to_string(low) + ".." +
+                    std::to_string(high),
+                name);
+  return value;
+}
+
+// Zeros replaced by defaults, everything in range.
+SessionOptions resolve(const ModelConfig& config, SessionOptions o) {
+  if (!o.n_ctx) o.n_ctx = std::min(config.n_ctx_train, kDefaultContext);
+  in_range("n_ctx", o.n_ctx, 1, gguf::kMaxContext);
+  if (!o.n_threads) o.n_threads = std::min(static_cast<size_t>(usable_cores()), kMaxThreads);
+  if (!o.n_threads_prefill) o.n_threads_prefill = o.n_threads;
+  in_range("n_threads", o.n_threads, 1, kMaxThreads);
+  in_range("n_threads_prefill", o.n_threads_prefill, 1, kMaxThreads);
+  o.n_chunk = std::min(o.n_chunk ? o.n_chunk : kDefaultChunk, o.n_ctx);
+  return o;
+}
+
+size_t pool_size(const SessionOptions& o) { return std::max(o.n_threads, o.n_threads_prefill); }
+
+KvCache::Shape kv_shape(const ModelConfig& c, const SessionOptions& o) {
+  return {c.n_layers, c.n_kv_heads, o.n_ctx, c.head_dim_k, c.head_dim_v, o.kv};
+}
+
+Scratch layout_of(const ModelConfig& c, const SessionOptions& o) {
+  return scratch_layout(c, o.n_ctx, o.n_chunk, pool_size(o));
+}
+
+}  // namespace
+
+// One thread at a time: a second one gets an error instead of a corrupted cache.
+class Session::Use {
+ public:
+  explicit Use(Session& s) : busy_(s.busy_) {
+    if (busy_.exchange(true, std::memory_order_acquire))
+      throw Error(Status::kArgument, "busy", "the session is in use by another thread");
+  }
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+  ~Use() {
+    busy_.store(false, std::memory_order_release);
+    busy_.notify_all();
+  }
+
+ private:
+  std::atomic<bool>& busy_;
+};
+
+Session::Bytes Session::bytes(const Model& model, const SessionOptions& options) {
+  const SessionOptions o = resolve(model.config(), options);
+  return {KvCache::bytes(kv_shape(model.config(), o)), layout_of(model.config(), o).bytes};
+}
+
+Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options)
+    : model_(std::move(model)),
+      options_(resolve(model_->config(), options)),
+      layout_(layout_of(model_->config(), options_)),
+      scratch_(layout_.bytes),
+      kv_(kv_shape(model_->config(), options_)),
+      pool_(static_cast<int>(pool_size(options_))) {
+  tokens_.reserve(options_.n_ctx);  // eval never allocates
+}
+
+Session::~Session() {
+  while (busy_.load(std::memory_order_acquire)) {
+    cancel();
+    busy_.wait(true);
+  }
+}
+
+void Session::eval(const int32_t* tokens, size_t n, Want want, float* logits) {
+  const Use use(*this);
+  const FpEnv fp_env;
+  const size_t n_vocab = model_->config().n_vocab;
+  if (n == 0) throw Error(Status::kArgument, "no_tokens", "there is nothing to evaluate: the prompt is empty");
+  for (size_t i = 0; i < n; ++i)
+    if (tokens[i] < 0 || static_cast<size_t>(tokens[i]) >= n_vocab)
+      throw Error(Status::kArgument, "bad_token",
+                  "token id " + std::to_string(tokens[i]) + " at position " + std::to_string(i) + " is outside 0.." +
+                      std::to_string(n_vocab - 1));
+  if (n > options_.n_ctx - tokens_.size())
+    throw Error(Status::kContextFull, "context_full",
+                "the context of " + std::to_string(options_.n_ctx) + " tokens is full: it holds " +
+                    std::to_string(tokens_.size()) + ", and " + std::to_string(n) + " more were given");
+  const size_t before = tokens_.size();
+  for (size_t done = 0; done < n;) {
+    const size_t m = std::min(options_.n_chunk, n - done);
+    const bool last = done + m == n;
+    const size_t first_row = want == Want::kAll ? 0 : m - 1;
+    const bool wanted = want == Want::kAll || (want == Want::kLast && last);
+    float* rows = wanted ? logits + (want == Want::kAll ? done * n_vocab : 0) : nullptr;
+    eval_chunk(tokens + done, m, first_row, rows);
+    if (rows && !model_->kernels().all_finite(rows, (m - first_row) * n_vocab)) {
+      tokens_.resize(before);
+      throw Error(Status::kNumeric, "not_finite",
+                  "the logits contain NaN or infinity: the weights in this file are damaged; download it again");
+    }
+    done += m;
+  }
+}
+
+void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, float* logits) {
+  Batch batch{.config = model_->config(),
+              .weights = model_->weights(),
+              .kernels = model_->kernels(),
+              .layout = layout_,
+              .memory = scratch_.as<uint8_t>(),
+              .kv = kv_,
+              .tokens = tokens,
+              .n = n,
+              .pos = tokens_.size(),
+              .first_row = first_row,
+              .logits = logits,
+              .cancel = cancel_};
+  pool_.run(static_cast<int>(n == 1 ? options_.n_threads : options_.n_threads_prefill), [&](Team& team) { forward(team, batch); });
+  if (batch.spoilt.load()) {
+    cancel_.store(false);
+    throw Error(Status::kCancelled, "cancelled", "the evaluation was cancelled");
+  }
+  tokens_.insert(tokens_.end(), tokens, tokens + n);
+}
+
+void Session::truncate(size_t n) {
+  const Use use(*this);
+  if (n > tokens_.size())
+    throw Error(Status::kArgument, "bad_length",
+                "cannot keep " + std::to_string(n) + " tokens: the session holds " + std::to_string(tokens_.size()));
+  tokens_.resize(n);
+}
+
+size_t Session::reuse(const int32_t* tokens, size_t n) {
+  const Use use(*this);
+  if (n == 0) throw Error(Status::kArgument, "no_tokens", "there is nothing to evaluate: the prompt is empty");
+  const size_t limit = std::min(n - 1, tokens_.size());
+  const size_t kept = static_cast<size_t>(std::mismatch(tokens, tokens + limit, tokens_.begin()).first - tokens);
+  tokens_.resize(kept);
+  return kept;
+}
+
+}  // namespace pe

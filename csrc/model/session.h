@@ -1,0 +1,69 @@
+// A token sequence with its KV cache, scratch memory and threads.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "model/forward.h"
+#include "model/model.h"
+
+namespace pe {
+
+struct SessionOptions {
+  size_t n_ctx = 0;              // 0: min(the model's context, kDefaultContext)
+  size_t n_threads = 0;          // one token; 0: usable physical cores
+  size_t n_threads_prefill = 0;  // several tokens; 0: as n_threads
+  size_t n_chunk = 0;            // tokens per prefill step; 0: kDefaultChunk
+  Kv kv = Kv::F16;
+};
+
+inline constexpr size_t kDefaultContext = 4096;
+inline constexpr size_t kDefaultChunk = 256;
+inline constexpr size_t kMaxThreads = 512;
+
+enum class Want { kNone, kLast, kAll };  // which rows of logits
+
+class Session {
+ public:
+  struct Bytes {
+    size_t kv, scratch;
+  };
+  // What a session with these options allocates.
+  static Bytes bytes(const Model& model, const SessionOptions& options);
+
+  // Throws Error: kArgument (an option out of range), kMemory.
+  Session(std::shared_ptr<const Model> model, const SessionOptions& options);
+  // Cancels and waits for an eval that is still running in another thread.
+  ~Session();
+
+  // See pe_session_eval. logits: [1 or n][n_vocab], nullptr with kNone.
+  // Throws Error: kArgument (no tokens, id out of range, in use by another thread), kContextFull, kCancelled, kNumeric.
+  void eval(const int32_t* tokens, size_t n, Want want, float* logits);
+  void truncate(size_t n);
+  size_t reuse(const int32_t* tokens, size_t n);
+  void cancel() { cancel_.store(true); }
+  void clear_cancel() { cancel_.store(false); }
+
+  const Model& model() const { return *model_; }
+  const std::vector<int32_t>& tokens() const { return tokens_; }
+  size_t n_ctx() const { return options_.n_ctx; }
+  size_t n_threads() const { return options_.n_threads; }
+
+ private:
+  class Use;  // marks the session as in use for the length of a call
+  void eval_chunk(const int32_t* tokens, size_t n, size_t first_row, float* logits);
+
+  std::shared_ptr<const Model> model_;
+  SessionOptions options_;  // without zeros
+  Scratch layout_;
+  AlignedBuffer scratch_;
+  KvCache kv_;
+  ThreadPool pool_;
+  std::vector<int32_t> tokens_;
+  std::atomic<bool> cancel_{false};
+  std::atomic<bool> busy_{false};
+};
+
+}  // namespace pe

@@ -1,0 +1,28 @@
+#include "runtime/kv_cache.h"
+
+#include "base/checked.h"
+#include "base/error.h"
+
+namespace pe {
+
+namespace {
+
+// Bytes of the keys (or values) of the whole cache, a multiple of 64.
+size_t plane_bytes(const KvCache::Shape& s, size_t head_dim) {
+  uint64_t n = KvCache::element_bytes(s.type);
+  for (const size_t factor : {s.layers, s.kv_heads, s.positions, head_dim})
+    if (!checked_mul(n, factor, &n)) n = UINT64_MAX / 2;
+  if (n > SIZE_MAX / 4)
+    throw Error(Status::kMemory, "kv_too_large", "the KV cache of this context is larger than the address space");
+  return pad64(n);
+}
+
+}  // namespace
+
+size_t KvCache::bytes(const Shape& s) { return plane_bytes(s, s.head_dim_k) + plane_bytes(s, s.head_dim_v); }
+
+KvCache::KvCache(const Shape& shape)
+    : shape_(shape), element_(element_bytes(shape.type)), v_at_(plane_bytes(shape, shape.head_dim_k)),
+      memory_(bytes(shape)), base_(memory_.as<uint8_t>()) {}
+
+}  // namespace pe

@@ -1,0 +1,96 @@
+"""pyengine: a CPU inference engine for GGUF models.
+
+    >>> import pyengine
+    >>> model = pyengine.Model.open(pyengine.demo_model_path())
+    >>> session = model.session(n_ctx=512)
+    >>> logits = session.eval(model.tokenizer.encode("What is 2 + 3?"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyengine import _core
+from pyengine.errors import (
+    Cancelled,
+    ContextFull,
+    CpuError,
+    EngineError,
+    FileError,
+    FormatError,
+    InternalError,
+    InvalidArgument,
+    NumericError,
+    OutOfMemory,
+    UnsupportedError,
+)
+from pyengine.gguf_file import GgufFile, TensorInfo
+from pyengine.model import Model, Session
+
+if TYPE_CHECKING:
+    from pyengine.generate import Chat, End, Reasoning, Text, generate
+    from pyengine.sampling import Sampler, SamplerSettings
+    from pyengine.tokenizer import Tokenizer
+
+__version__: str = _core.version()
+
+# Importing these costs time that a program which only wants logits need not spend.
+_LAZY = {
+    "Chat": "generate",
+    "End": "generate",
+    "Reasoning": "generate",
+    "Text": "generate",
+    "generate": "generate",
+    "Sampler": "sampling",
+    "SamplerSettings": "sampling",
+    "Tokenizer": "tokenizer",
+}
+
+__all__ = [
+    "Cancelled",
+    "Chat",
+    "ContextFull",
+    "CpuError",
+    "End",
+    "EngineError",
+    "FileError",
+    "FormatError",
+    "GgufFile",
+    "InternalError",
+    "InvalidArgument",
+    "Model",
+    "NumericError",
+    "OutOfMemory",
+    "Reasoning",
+    "Sampler",
+    "SamplerSettings",
+    "Session",
+    "TensorInfo",
+    "Text",
+    "Tokenizer",
+    "UnsupportedError",
+    "__version__",
+    "demo_model_path",
+    "generate",
+    "numerics_epoch",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        value = getattr(import_module(f"pyengine.{_LAZY[name]}"), name)
+        globals()[name] = value  # also replaces the submodule that the import bound under the same name
+        return value
+    raise AttributeError(f"module 'pyengine' has no attribute {name!r}")
+
+
+def demo_model_path() -> Path:
+    """The GGUF file of the demo model that comes with the package."""
+    return Path(__file__).parent / "data" / "demo-q8_0.gguf"
+
+
+def numerics_epoch() -> int:
+    """Logits can change between releases only when this number does."""
+    return _core.numerics_epoch()
