@@ -86,7 +86,7 @@ using DequantiseFn = void (*)(const void* src, size_t n, float* dst);    // one 
 
 // ---- the rest of a decoder block ----
 
-// y[i] = (x[i] * r) * w[i], r = 1 / sqrtf(dot16(x, x) / n + eps). y may be x.
+// y[i] = (x[i] * r) * w[i], r = 1 / sqrtf(dot16(x, x) / n + eps). y may be x. w lies in the file: at any address.
 using RmsNormFn = void (*)(const float* x, const float* w, size_t n, float eps, float* y);
 
 // Rotates `heads` vectors of `head_dim` floats lying `stride` floats apart, in place. cs: cos, sin interleaved [dims / 2][2].
@@ -113,7 +113,8 @@ using StoreKvFn = void (*)(const float* x, size_t n, void* dst);  // F16: rounde
 // apart. For each query head h:
 //   s[j] = dot16(q[h], k[j]) * scale             j = 0 .. keys - 1
 //   m = max s[j];  p[j] = exp(s[j] - m);  sum = sum16(p);  acc[d] = chain over ascending j of fma(p[j], v[j][d], acc[d]) from +0
-// written to m[h], sum[h], acc[h * acc_stride + d].
+// written to m[h], sum[h], acc[h * acc_stride + d]. max starts at -infinity and passes over a NaN (which spoils sum and acc
+// through its own p); a maximum of zero is +0.
 inline constexpr size_t kAttnChunk = 256;  // positions; chunks are aligned to absolute positions
 struct AttnArgs {
   const float* q;          // [heads][q_stride], head_dim_k used
