@@ -1,0 +1,335 @@
+// Checks the thread pool: barriers and shared loops, parking, creation and destruction, fork, refusal, and the counting
+// of processors. Prints a summary; exit status 1 on failure. Meant to run under -fsanitize=thread as well.
+#include <pthread.h>
+#include <signal.h>
+#include <sched.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/cpu_count.h"
+#include "base/error.h"
+#include "runtime/thread_pool.h"
+
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
+namespace {
+
+using namespace pe;
+using Clock = std::chrono::steady_clock;
+
+long checks = 0, failures = 0;
+
+void check(bool good, const std::string& what) {
+  ++checks;
+  if (good) return;
+  if (++failures <= 20) std::printf("FAILED: %s\n", what.c_str());
+}
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+double cpu_seconds() {
+  rusage use;
+  getrusage(RUSAGE_SELF, &use);
+  const auto seconds = [](const timeval& t) {
+    return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) * 1e-6;
+  };
+  return seconds(use.ru_utime) + seconds(use.ru_stime);
+}
+
+// Every thread writes its own cell, meets, and reads all: a barrier that lets anyone through early is seen at once. The
+// cells are plain, so that the thread sanitizer sees a barrier that does not order memory.
+double check_barriers(int threads, int rounds) {
+  ThreadPool pool(threads);
+  std::vector<int> cell(static_cast<size_t>(threads));
+  std::atomic<int> wrong{0};
+  const auto start = Clock::now();
+  pool.run(threads, [&](Team& team) {
+    for (int round = 1; round <= rounds; ++round) {
+      cell[team.index()] = round;
+      team.barrier();
+      for (const int c : cell) {
+        if (c != round) ++wrong;
+      }
+      team.barrier();
+    }
+  });
+  const double each = seconds_since(start) / (2 * rounds);
+  check(wrong == 0, "barriers of " + std::to_string(threads) + " threads");
+  return each;
+}
+
+// Every task done exactly once, by whatever thread; loops of all sizes follow each other without a gap.
+void check_loops(int threads) {
+  ThreadPool pool(threads);
+  const size_t sizes[] = {0, 1, 2, 3, 7, 8, 64, 1000};
+  std::vector<int> done(1000);
+  std::atomic<int> wrong{0}, calls{0};
+  for (int active = 1; active <= threads + 1; ++active) {  // one more than there are: clamped
+    calls = 0;
+    pool.run(active, [&](Team& team) {
+      ++calls;
+      if (team.size() != static_cast<size_t>(std::min(active, threads)) || team.index() >= team.size()) ++wrong;
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        for (const size_t n : sizes) {
+          for (const size_t grain : {size_t{1}, size_t{3}, size_t{2000}}) {
+            team.for_each(n, grain, [&](size_t begin, size_t end) {
+              if (begin >= end || end > n || end - begin > grain) ++wrong;
+              for (size_t i = begin; i < end; ++i) ++done[i];
+            });
+            for (size_t i = team.index(); i < n; i += team.size()) {  // seen by another thread than the one that did it
+              if (done[i] != 1) ++wrong;
+              done[i] = 0;
+            }
+            team.barrier();
+          }
+        }
+      }
+    });
+    check(calls == std::min(active, threads), "run calls every active thread once");
+  }
+  check(wrong == 0, "loops of " + std::to_string(threads) + " threads");
+}
+
+void check_sizes() {
+  ThreadPool none(0), negative(-3);
+  check(none.size() == 1 && negative.size() == 1, "the number of threads is clamped");
+  int calls = 0;
+  none.run(-5, [&](Team& team) { calls += team.size() == 1; });
+  check(calls == 1, "at least the caller runs");
+}
+
+void check_parking() {
+  ThreadPool pool(4);
+  pool.run(4, [](Team& team) { team.barrier(); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // spinning is over
+  const double before = cpu_seconds();
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  const double used = cpu_seconds() - before;
+  check(used < (kSanitized ? 0.2 : 0.01), "an idle pool uses no CPU time, used " + std::to_string(used) + " s of 0.5");
+  std::atomic<int> calls{0};
+  pool.run(4, [&](Team&) { ++calls; });
+  check(calls == 4, "parked threads wake");
+}
+
+void check_lifetimes(int rounds) {
+  for (int i = 0; i < rounds; ++i) {
+    ThreadPool outer(3);
+    int sum[3] = {};
+    ThreadPool inner(2);  // two pools at once, one used inside the other's run
+    outer.run(3, [&](Team& team) {
+      if (team.index() == 0) {
+        std::atomic<int> calls{0};
+        inner.run(2, [&](Team&) { ++calls; });
+        sum[0] = calls;
+      } else {
+        sum[team.index()] = 1;
+      }
+    });
+    check(sum[0] == 2 && sum[1] == 1 && sum[2] == 1, "two pools at once");
+    if (i % 4 == 0) ThreadPool unused(2);
+  }
+}
+
+// Pools driven by different host threads at the same time.
+void check_independent_pools() {
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> hosts;
+  for (int h = 0; h < 3; ++h) {
+    hosts.emplace_back([&wrong] {
+      ThreadPool pool(3);
+      std::vector<long> part(3);
+      for (int i = 0; i < 200; ++i) {
+        pool.run(3, [&](Team& team) {
+          part[team.index()] = 0;
+          team.for_each(100, 7, [&](size_t begin, size_t end) {
+            for (size_t k = begin; k < end; ++k) part[team.index()] += static_cast<long>(k);
+          });
+        });
+        if (part[0] + part[1] + part[2] != 4950) ++wrong;
+      }
+    });
+  }
+  for (std::thread& host : hosts) host.join();
+  check(wrong == 0, "independent pools do not disturb each other");
+}
+
+void check_misuse() {
+  ThreadPool pool(2);
+  std::atomic<int> refused{0};
+  pool.run(2, [&](Team& team) {
+    if (team.index() != 0) return;
+    try {
+      pool.run(2, [](Team&) {});
+    } catch (const Error& e) {
+      refused += e.status == Status::kInternal && std::strcmp(e.code, "pool_busy") == 0;
+    }
+  });
+  check(refused == 1, "a run inside a run is refused");
+  int calls = 0;
+  pool.run(1, [&](Team&) { ++calls; });
+  check(calls == 1, "and the pool still works");
+}
+
+// Signals sent to the process must reach the host's threads, never the pool's.
+std::atomic<bool> handled_by_host{false};
+pthread_t host_thread;
+void on_signal(int) { handled_by_host = pthread_equal(pthread_self(), host_thread) != 0; }
+
+void check_signals() {
+  host_thread = pthread_self();
+  struct sigaction action = {}, before = {};
+  action.sa_handler = on_signal;
+  sigaction(SIGUSR1, &action, &before);
+  ThreadPool pool(4);
+  sigset_t mask;
+  pthread_sigmask(SIG_SETMASK, nullptr, &mask);
+  check(!sigismember(&mask, SIGUSR1), "creating a pool leaves the caller's signal mask alone");
+  for (int i = 0; i < 20; ++i) {
+    handled_by_host = false;
+    kill(getpid(), SIGUSR1);
+    for (int wait = 0; wait < 1000 && !handled_by_host; ++wait) usleep(1000);
+    check(handled_by_host, "a signal is handled on the host's thread");
+  }
+  sigaction(SIGUSR1, &before, nullptr);
+}
+
+// Runs f in a forked child under a time limit; true when it exits with status 0.
+template <class F>
+bool in_child(F f) {
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    _exit(f() ? 0 : 1);
+  }
+  int status = -1;
+  return waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+void check_fork() {
+  auto pool = std::make_unique<ThreadPool>(4);
+  pool->run(4, [](Team& team) { team.barrier(); });
+  const bool child = in_child([&] {
+    int tasks = 0, size = 0;
+    pool->run(4, [&](Team& team) {
+      size = static_cast<int>(team.size());
+      team.for_each(100, 3, [&](size_t begin, size_t end) { tasks += static_cast<int>(end - begin); });
+    });
+    pool.reset();
+    return tasks == 100 && size == 1;
+  });
+  check(child, "in the child of a fork a pool works alone and is destroyed without waiting");
+  if (!kSanitized) {  // the sanitizer's own state does not allow new threads in such a child
+    check(in_child([] {
+            ThreadPool fresh(3);
+            std::atomic<int> calls{0};
+            fresh.run(3, [&](Team&) { ++calls; });
+            return calls == 3;
+          }),
+          "a pool made in the child has its threads");
+  }
+  std::atomic<int> calls{0};
+  pool->run(4, [&](Team&) { ++calls; });
+  check(calls == 4, "the parent's pool goes on");
+}
+
+void check_refusal() {
+  if (kSanitized) return;  // sanitizers reserve address space of their own
+  check(in_child([] {
+          rlimit limit = {64 << 20, 64 << 20};  // address space that cannot hold the stacks
+          setrlimit(RLIMIT_AS, &limit);
+          try {
+            ThreadPool pool(200);
+          } catch (const Error& e) {
+            return e.status == Status::kMemory && std::strcmp(e.code, "thread_create") == 0;
+          }
+          return false;
+        }),
+        "a refused thread is an Error, and those already started are joined");
+}
+
+void write_file(const std::filesystem::path& path, const std::string& text) {
+  std::filesystem::create_directories(path.parent_path());
+  std::ofstream(path) << text;
+}
+
+void check_processors() {
+  const int cores = usable_cores(), cpus = usable_cpus();
+  check(cores >= 1 && cores <= cpus, "usable_cores");
+#ifdef __linux__
+  std::thread([&] {
+    cpu_set_t mask;
+    sched_getaffinity(0, sizeof mask, &mask);
+    for (int i = 0, kept = 0; i < CPU_SETSIZE; ++i) {
+      if (CPU_ISSET(i, &mask) && kept++ > 0) CPU_CLR(i, &mask);
+    }
+    sched_setaffinity(0, sizeof mask, &mask);
+    check(usable_cores() == 1 && usable_cpus() == 1, "one allowed CPU is one core");
+  }).join();
+#endif
+  char folder[] = "/tmp/pool_check_XXXXXX";
+  const std::string root = mkdtemp(folder);
+  const auto quota = [&](const std::string& groups) {
+    write_file(root + "/proc/self/cgroup", groups);
+    return cgroup_cpu_quota(root);
+  };
+  check(quota("") == 0 && quota("nonsense\n0:\n::\n") == 0, "no groups: no limit");
+  write_file(root + "/sys/fs/cgroup/a/cpu.max", "400000 100000\n");
+  write_file(root + "/sys/fs/cgroup/a/b/cpu.max", "max 100000\n");
+  write_file(root + "/sys/fs/cgroup/a/b/c/cpu.max", "650000 100000\n");
+  check(quota("0::/a/b/c\n") == 4, "v2: the tightest ancestor counts");
+  check(quota("0::/a/b\n") == 4 && quota("0::/elsewhere\n") == 0 && quota("0::/\n") == 0,
+        "v2: inheritance and no limit");
+  write_file(root + "/sys/fs/cgroup/cpu.max", "150000 100000\n");
+  check(quota("0::/elsewhere\n") == 1.5 && quota("0::/\n") == 1.5, "v2: the mount's root, as inside a container");
+  write_file(root + "/sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "250000\n");
+  write_file(root + "/sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000\n");
+  write_file(root + "/sys/fs/cgroup/cpu/y/cpu.cfs_quota_us", "-1\n");
+  write_file(root + "/sys/fs/cgroup/cpu/y/cpu.cfs_period_us", "100000\n");
+  check(quota("5:memory:/x\n4:cpu,cpuacct:/x\n") == 2.5 && quota("4:cpuset:/x\n") == 0, "v1: only the cpu controller");
+  check(quota("4:cpu:/y\n") == 0, "v1: no limit");
+  write_file(root + "/sys/fs/cgroup/a/cpu.max", "-5 0\n");
+  check(quota("0::/a\n") == 1.5, "v2: a malformed limit is none");
+  std::filesystem::remove_all(root);
+}
+
+}  // namespace
+
+int main() {
+  const int rounds = kSanitized ? 2000 : 50000;  // two barriers each
+  double each[9] = {};
+  for (const int threads : {1, 2, 3, 4, 8})
+    each[threads] = check_barriers(threads, threads <= 2 ? rounds : rounds / 10);
+  for (const int threads : {1, 2, 3, 4, 5, 6, 7, 8}) check_loops(threads);
+  check_sizes();
+  check_parking();
+  check_lifetimes(kSanitized ? 100 : 1000);
+  check_independent_pools();
+  check_misuse();
+  check_signals();
+  check_fork();
+  check_refusal();
+  check_processors();
+  std::printf("barrier: %.2f us with 2 threads, %.2f with 4, %.2f with 8 on %d CPUs (%d cores)\n", each[2] * 1e6,
+              each[4] * 1e6, each[8] * 1e6, usable_cpus(), usable_cores());
+  std::printf("pool_check: %ld checks, %ld failures\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+}
