@@ -1,7 +1,166 @@
+// Linear for Q4_0 and Q8_0: one fp16 scale per 32 weights. tile.h explains the shape of the loops.
+#include "kernels/avx2/tile.h"
 #include "kernels/tiers.h"
 
 namespace pe {
+namespace {
 
-void avx2_linear_q32(KernelTable*) {}
+// Starts the chains of a block at -8 * (sum of each lane's activations), which centres codes 0 .. 15 on 0.
+inline __m256i centre(const int16_t* sum, size_t block) {
+  const __m256i lanes = _mm256_add_epi16(broadcast32(sum + 4 * block), broadcast32(sum + 4 * block + 2));
+  return _mm256_mullo_epi16(lanes, _mm256_set1_epi16(-8));
+}
+
+struct Q4_0 {
+  static constexpr size_t kBlock = 32;
+  struct Panel {
+    uint8_t codes[8][8][64];  // [block][step][4 row + column]
+    float d[8][16];           // [block][row]
+  };
+
+  static void decode(const uint8_t* const rows[16], size_t first, size_t n, Panel* panel) {
+    for (size_t b = 0; b < n; ++b) {
+      const size_t at = (first + b) * sizeof(BlockQ4_0);
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* const* row = rows + 8 * half;
+        __m256i v[4];
+        transpose16(row, at + 2, v);
+        for (int s = 0; s < 4; ++s) {
+          store(panel->codes[b][s] + 32 * half, low_nibbles(v[s]));
+          store(panel->codes[b][s + 4] + 32 * half, high_nibbles(v[s]));
+        }
+        _mm256_storeu_ps(panel->d[b] + 8 * half, load_f16(row, at));
+      }
+    }
+  }
+
+  template <int kTokens>
+  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t n, float (*acc)[16]) {
+    __m256 f[kTokens][2];
+    for (int t = 0; t < kTokens; ++t) {
+      for (int h = 0; h < 2; ++h) f[t][h] = _mm256_loadu_ps(acc[t] + 8 * h);
+    }
+    for (size_t b = 0; b < n; ++b) {
+      __m256i sum[kTokens][2];
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = centre(x.sum[t], first + b);
+      chain<kTokens, 8>(panel.codes[b][0], x.q, 32 * (first + b), sum);
+      // a lane ends as 16 products of -8 .. 7 and +-127: at most 16256
+      for (int t = 0; t < kTokens; ++t) {
+        const __m256 a = _mm256_set1_ps(x.scale[t][first + b]);
+        for (int h = 0; h < 2; ++h) {
+          const __m256i whole = _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1));
+          f[t][h] = add_term(f[t][h], _mm256_loadu_ps(panel.d[b] + 8 * h), a, whole);
+        }
+      }
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      for (int h = 0; h < 2; ++h) _mm256_storeu_ps(acc[t] + 8 * h, f[t][h]);
+    }
+  }
+
+  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256 acc = _mm256_setzero_ps();
+    for (size_t b = 0; b < blocks; ++b) {
+      const size_t at = b * sizeof(BlockQ4_0);
+      const __m256i q = load(x.q[0] + 32 * b);
+      const __m256i offset = _mm256_maddubs_epi16(_mm256_set1_epi8(8), q);
+      __m256i v[8];
+      for (int r = 0; r < 8; ++r) {
+        const __m128i packed = load128(rows[r] + at + 2);
+        const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
+        const __m256i products = _mm256_maddubs_epi16(low_nibbles(both), q);
+        v[r] = _mm256_madd_epi16(_mm256_sub_epi16(products, offset), ones);  // 4 products: within +-4064
+      }
+      // Halve twice through int16 (within +-8128), then join the 128-bit halves.
+      __m256i w[4];
+      for (int r = 0; r < 4; ++r) w[r] = _mm256_madd_epi16(_mm256_packs_epi32(v[2 * r], v[2 * r + 1]), ones);
+      const __m256i low = _mm256_madd_epi16(_mm256_packs_epi32(w[0], w[1]), ones);
+      const __m256i high = _mm256_madd_epi16(_mm256_packs_epi32(w[2], w[3]), ones);
+      const __m256i whole =
+          _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]), whole);
+    }
+    return acc;
+  }
+};
+
+// A code of Q8_0 is 16 h + l - 128 with nibbles h, l. Pairs of whole bytes would saturate vpmaddubsw, so the two planes of
+// nibbles are multiplied one after the other: h as in Q4_0 (16 (h - 8) is the code less l), l without an offset.
+struct Q8_0 {
+  static constexpr size_t kBlock = 32;
+  struct Panel {
+    uint8_t high[8][8][64];
+    uint8_t low[8][8][64];
+    float d[8][16];
+  };
+
+  static void decode(const uint8_t* const rows[16], size_t first, size_t n, Panel* panel) {
+    for (size_t b = 0; b < n; ++b) {
+      const size_t at = (first + b) * sizeof(BlockQ8_0);
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* const* row = rows + 8 * half;
+        for (int part = 0; part < 2; ++part) {
+          __m256i v[4];
+          transpose16(row, at + 2 + 16 * static_cast<size_t>(part), v);
+          for (int s = 0; s < 4; ++s) {
+            const __m256i u = _mm256_xor_si256(v[s], _mm256_set1_epi8(-128));  // code + 128
+            store(panel->high[b][4 * part + s] + 32 * half, high_nibbles(u));
+            store(panel->low[b][4 * part + s] + 32 * half, low_nibbles(u));
+          }
+        }
+        _mm256_storeu_ps(panel->d[b] + 8 * half, load_f16(row, at));
+      }
+    }
+  }
+
+  template <int kTokens>
+  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t n, float (*acc)[16]) {
+    for (size_t b = 0; b < n; ++b) {
+      __m256i sum[kTokens][2], whole[kTokens][2];
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = centre(x.sum[t], first + b);
+      chain<kTokens, 8>(panel.high[b][0], x.q, 32 * (first + b), sum);  // ends within +-16256
+      for (int t = 0; t < kTokens; ++t) {
+        for (int h = 0; h < 2; ++h) {
+          whole[t][h] = _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(16));
+          sum[t][h] = _mm256_setzero_si256();
+        }
+      }
+      chain<kTokens, 8>(panel.low[b][0], x.q, 32 * (first + b), sum);  // 16 products of 0 .. 15: within +-30480
+      for (int t = 0; t < kTokens; ++t) {
+        const __m256 a = _mm256_set1_ps(x.scale[t][first + b]);
+        for (int h = 0; h < 2; ++h) {
+          const __m256i i = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1)));
+          const __m256 f = _mm256_loadu_ps(acc[t] + 8 * h);
+          _mm256_storeu_ps(acc[t] + 8 * h, add_term(f, _mm256_loadu_ps(panel.d[b] + 8 * h), a, i));
+        }
+      }
+    }
+  }
+
+  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks) {
+    __m256 acc = _mm256_setzero_ps();
+    for (size_t b = 0; b < blocks; ++b) {
+      const size_t at = b * sizeof(BlockQ8_0);
+      const __m256i q = load(x.q[0] + 32 * b);
+      __m256i v[8];
+      for (int r = 0; r < 8; ++r) {
+        const __m256i w = load(rows[r] + at + 2);
+        // |w| <= 128 as unsigned, |q| <= 127: a pair is at most 32512
+        const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
+        v[r] = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+      }
+      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]), fold8(v));
+    }
+    return acc;
+  }
+};
+
+}  // namespace
+
+void avx2_linear_q32(KernelTable* table) {
+  table->linear[static_cast<int>(Format::Q4_0)] = linear<Q4_0>;
+  table->linear[static_cast<int>(Format::Q8_0)] = linear<Q8_0>;
+}
 
 }  // namespace pe

@@ -1,0 +1,175 @@
+// What the AVX2 linear kernels share: a panel of 16 rows laid out by columns, products chained in int16, the loops around.
+//
+// Many tokens. Weights are decoded 16 rows x 256 columns at a time into a panel in the first-level cache, and every token
+// of a batch is multiplied with it before the next is decoded. A step of the panel is 4 columns: 64 bytes, row r's four
+// unsigned codes at 4 r. Three tokens are multiplied at once:
+//
+//   registers   2 panel halves (rows 0-7, 8-15), 1 broadcast of a token's 4 int8, 1 product, 6 int16 sums = 10;
+//               the other 6 hold what outlives a sub-block (int32 or float sums)
+//   per step    2 + 3 loads, 6 vpmaddubsw, 6 vpaddw for 192 products
+//
+// int16 lane 2 r of a sum belongs to row r and columns 0, 1 of each step, lane 2 r + 1 to columns 2, 3. Additions wrap, so
+// only the end of a chain has to fit. The bounds are stated where a chain ends.
+//
+// One token. Eight rows run side by side, codes in the order of the file; sums are folded across lanes once per 8 rows.
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+namespace pe {
+namespace {
+
+constexpr size_t kPanelRows = 16;
+constexpr size_t kPanelCols = 256;
+constexpr size_t kBatch = 96;  // tokens that meet a panel before the next is decoded
+
+inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+inline __m256i broadcast32(const void* p) {
+  int32_t v;
+  memcpy(&v, p, 4);
+  return _mm256_set1_epi32(v);
+}
+inline __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+
+// A value the compiler must have in a register here. Without it all products of a chain are computed first, as additions
+// may be reordered, and spilled.
+inline void pin(__m256i& v) {
+#if defined(__GNUC__)
+  __asm__ volatile("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
+
+// 16 bytes from each of 8 rows -> out[s]: bytes 4 s .. 4 s + 3 of rows 0 .. 7.
+inline void transpose16(const uint8_t* const row[8], size_t at, __m256i out[4]) {
+  __m256i v[4];
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row[i] + at)), load128(row[i + 4] + at), 1);
+  }
+  const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+  const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+  out[0] = _mm256_unpacklo_epi64(a, b);
+  out[1] = _mm256_unpackhi_epi64(a, b);
+  out[2] = _mm256_unpacklo_epi64(c, d);
+  out[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+// The fp16 at byte `at` of 8 rows, as float.
+inline __m256 load_f16(const uint8_t* const row[8], size_t at) {
+  uint16_t h[8];
+  for (int r = 0; r < 8; ++r) memcpy(&h[r], row[r] + at, 2);
+  return _mm256_cvtph_ps(_mm_setr_epi16(static_cast<short>(h[0]), static_cast<short>(h[1]), static_cast<short>(h[2]),
+                                        static_cast<short>(h[3]), static_cast<short>(h[4]), static_cast<short>(h[5]),
+                                        static_cast<short>(h[6]), static_cast<short>(h[7])));
+}
+
+// kSteps steps of the panel times kTokens tokens, from q[t] on, added to sum[t][rows 0-7, rows 8-15].
+template <int kTokens, int kSteps>
+inline void chain(const uint8_t* codes, const int8_t* const q[kTokens], size_t at, __m256i sum[kTokens][2]) {
+  for (int s = 0; s < kSteps; ++s) {
+    const __m256i w0 = load(codes + 64 * s), w1 = load(codes + 64 * s + 32);
+    for (int t = 0; t < kTokens; ++t) {
+      const __m256i x = broadcast32(q[t] + at + 4 * s);
+      sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(w0, x));
+      sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(w1, x));
+      pin(sum[t][0]);
+      pin(sum[t][1]);
+    }
+  }
+}
+
+// Activations of kTokens tokens: where their parts begin.
+template <int kTokens>
+struct Tokens {
+  const int8_t* q[kTokens];
+  const float* scale[kTokens];
+  const int16_t* sum[kTokens];
+
+  Tokens(const LinearArgs& args, const ActLayout& at, size_t first) {
+    for (int t = 0; t < kTokens; ++t) {
+      q[t] = static_cast<const int8_t*>(args.x) + (first + static_cast<size_t>(t)) * args.x_stride;
+      scale[t] = reinterpret_cast<const float*>(q[t] + at.scale_at);
+      sum[t] = reinterpret_cast<const int16_t*>(q[t] + at.sum_at);
+    }
+  }
+};
+
+// acc + d * a * i and its negative twin, with the contract's roundings.
+inline __m256 add_term(__m256 acc, __m256 d, __m256 a, __m256i i) {
+  return _mm256_fmadd_ps(_mm256_mul_ps(d, a), _mm256_cvtepi32_ps(i), acc);
+}
+inline __m256 subtract_term(__m256 acc, __m256 d, __m256 a, __m256i i) {
+  return _mm256_fnmadd_ps(_mm256_mul_ps(d, a), _mm256_cvtepi32_ps(i), acc);
+}
+
+// Eight vectors of eight int32 -> the sum of each.
+inline __m256i fold8(const __m256i v[8]) {
+  const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+  const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+  return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// Pointers to n rows from `row` on; the last row again where the matrix ends.
+inline void row_pointers(const LinearArgs& args, size_t row, size_t n, const uint8_t** out) {
+  for (size_t i = 0; i < n; ++i) {
+    const size_t r = row + i < args.rows ? row + i : args.rows - 1;
+    out[i] = static_cast<const uint8_t*>(args.w) + r * args.w_stride;
+  }
+}
+
+// The loops of a format K:
+//   K::kBlock, K::Panel
+//   K::decode(rows, first, n, &panel)            blocks first .. first + n - 1 of 16 rows (n * kBlock <= 256)
+//   K::multiply<T>(panel, tokens, first, n, acc) acc [T][16] += panel * T tokens
+//   K::dot8(rows, tokens, blocks)                one token, 8 rows, the whole row
+template <class K>
+void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size_t tokens) {
+  constexpr size_t kBlocks = kPanelCols / K::kBlock;
+  alignas(64) typename K::Panel panel;
+  alignas(32) float acc[kBatch][kPanelRows];
+  const size_t blocks = args.cols / K::kBlock;
+  for (size_t row = 0; row < args.rows; row += kPanelRows) {
+    const uint8_t* rows[kPanelRows];
+    row_pointers(args, row, kPanelRows, rows);
+    memset(acc, 0, tokens * sizeof acc[0]);
+    for (size_t b = 0; b < blocks; b += kBlocks) {
+      const size_t n = blocks - b < kBlocks ? blocks - b : kBlocks;
+      K::decode(rows, b, n, &panel);
+      size_t t = 0;
+      for (; t + 3 <= tokens; t += 3) K::template multiply<3>(panel, Tokens<3>(args, at, token + t), b, n, acc + t);
+      if (tokens - t == 2) K::template multiply<2>(panel, Tokens<2>(args, at, token + t), b, n, acc + t);
+      if (tokens - t == 1) K::template multiply<1>(panel, Tokens<1>(args, at, token + t), b, n, acc + t);
+    }
+    const size_t n = args.rows - row < kPanelRows ? args.rows - row : kPanelRows;
+    for (size_t t = 0; t < tokens; ++t) memcpy(args.y + (token + t) * args.y_stride + row, acc[t], n * sizeof(float));
+  }
+}
+
+template <class K>
+void linear(const LinearArgs& args) {
+  const ActLayout at = act_layout(K::kBlock == 32 ? Act::Q32 : Act::Q256, args.cols);
+  if (args.tokens > 1) {
+    for (size_t t = 0; t < args.tokens; t += kBatch) {
+      many_tokens<K>(args, at, t, args.tokens - t < kBatch ? args.tokens - t : kBatch);
+    }
+    return;
+  }
+  const Tokens<1> token(args, at, 0);
+  for (size_t row = 0; row < args.rows; row += 8) {
+    const uint8_t* rows[8];
+    row_pointers(args, row, 8, rows);
+    float y[8];
+    _mm256_storeu_ps(y, K::dot8(rows, token, args.cols / K::kBlock));
+    memcpy(args.y + row, y, (args.rows - row < 8 ? args.rows - row : 8) * sizeof(float));
+  }
+}
+
+}  // namespace
+}  // namespace pe

@@ -1,0 +1,352 @@
+// Compares the linear kernels of every tier with the scalar ones, bit for bit (any NaN equals any NaN).
+//
+//   kernel_check [--shapes N] [--seed S] [--tier NAME] [--format NAME]     exit status 1 on any difference
+//   kernel_check --bench [--tier NAME] [--format NAME] [--threads N]       speed instead of equality
+//
+// Weights and activations end at an unmapped page, so that a read past the end is a crash. Weights are ordinary ones,
+// random bytes (scales that are NaN, infinite, denormal), and blocks with every code at its extreme; activations are
+// ordinary, +-127 in all the patterns that drive integer sums to their bounds, and blocks with NaN, infinity, denormals.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "quant/fp16.h"
+#include "quant/quantise.h"
+
+namespace {
+
+using namespace pe;
+using Rng = std::mt19937_64;
+
+size_t below(Rng& rng, size_t n) { return rng() % n; }
+size_t between(Rng& rng, size_t low, size_t high) { return low + below(rng, high - low + 1); }
+
+// `size` bytes whose last byte is followed by an unmapped page.
+class Guarded {
+ public:
+  explicit Guarded(size_t size) : size_(size) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t whole = (size + page - 1) / page * page;
+    mapped_ = whole + page;
+    base_ = static_cast<uint8_t*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + whole, page, PROT_NONE) != 0) {
+      std::perror("mmap");
+      std::exit(2);
+    }
+    data_ = base_ + whole - size;
+  }
+  ~Guarded() { munmap(base_, mapped_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  uint8_t* base_;
+  uint8_t* data_;
+  size_t size_, mapped_;
+};
+
+bool same(float a, float b) { return float_bits(a) == float_bits(b) || (a != a && b != b); }
+
+// Where the fp16 scales of a block lie; -1: none.
+struct ScalesAt {
+  int first, second;
+};
+ScalesAt scales_at(Format format) {
+  switch (format) {
+    case Format::Q2_K: return {80, 82};
+    case Format::Q3_K: return {108, -1};
+    case Format::Q6_K: return {208, -1};
+    case Format::Q4_1:
+    case Format::Q5_1:
+    case Format::Q4_K:
+    case Format::Q5_K: return {0, 2};
+    case Format::F32:
+    case Format::F16:
+    case Format::BF16: return {-1, -1};
+    default: return {0, -1};
+  }
+}
+
+// ---- inputs ----
+
+enum class Weights { kOrdinary, kHostile, kSane, kExtreme, kCount };
+
+void fill_weights(Rng& rng, Weights kind, Format format, size_t cols, size_t stride, Guarded* w) {
+  const FormatInfo& info = format_info(format);
+  const size_t row_bytes = bytes_per_row(format, cols), rows = (w->size() - row_bytes) / stride + 1;
+  std::normal_distribution<float> normal;
+  std::vector<float> row(cols);
+  static constexpr uint8_t kBytes[] = {0x00, 0xff, 0x0f, 0xf0, 0x80, 0x7f, 0x88};
+  const uint8_t fixed = kBytes[below(rng, sizeof kBytes)];
+  for (size_t i = 0; i < w->size(); ++i) {
+    const bool flip = kind == Weights::kExtreme && fixed == 0x88;  // 0x00 and 0xff mixed at random
+    w->data()[i] = kind != Weights::kExtreme ? static_cast<uint8_t>(rng()) : flip ? (rng() & 1 ? 0xff : 0) : fixed;
+  }
+  for (size_t r = 0; r < rows; ++r) {
+    uint8_t* at = w->data() + r * stride;
+    if (kind == Weights::kOrdinary) {
+      for (float& x : row) x = 0.02f * normal(rng);
+      if (quantise_row(format, row.data(), cols, at) != cols) std::abort();
+    } else if (kind != Weights::kHostile) {
+      for (size_t b = 0; b < cols / info.block; ++b) {
+        const ScalesAt d = scales_at(format);
+        for (const int offset : {d.first, d.second}) {
+          const uint16_t h = f32_to_f16(0.01f * normal(rng));
+          if (offset >= 0) std::memcpy(at + b * info.bytes + offset, &h, 2);
+        }
+      }
+    }
+  }
+}
+
+float activation(Rng& rng, int pattern, size_t k, std::normal_distribution<float>& normal) {
+  switch (pattern) {
+    case 0: return 1;
+    case 1: return -1;
+    case 2: return k % 4 < 2 ? 1.0f : -1.0f;
+    case 3: return k % 4 < 2 ? -1.0f : 1.0f;
+    case 4: return k % 32 < 16 ? 1.0f : -1.0f;
+    case 5: return rng() & 1 ? 1.0f : -1.0f;
+    case 6: return 3e-39f * normal(rng);
+    case 7: return 1e38f * normal(rng);
+    case 8: return below(rng, 300) == 0 ? bits_float(static_cast<uint32_t>(rng())) : normal(rng);
+    case 9: return 0;
+    default: return normal(rng);
+  }
+}
+
+struct Report {
+  size_t checks = 0, failures = 0;
+  void fail(const std::string& what) {
+    if (++failures <= 20) std::printf("DIFFERENT %s\n", what.c_str());
+  }
+};
+
+std::string name(Tier tier, Format format) { return std::string(tier_name(tier)) + " " + format_info(format).name; }
+
+// ---- equality ----
+
+void check_act(const KernelTable& want, const KernelTable& got, Act act, const std::vector<float>& x, uint8_t* row,
+               const std::string& what, Report* report) {
+  const ActLayout at = act_layout(act, x.size());
+  std::vector<uint8_t> other(at.bytes + 64);
+  uint8_t* mine = other.data() + (64 - reinterpret_cast<uintptr_t>(other.data()) % 64) % 64;
+  std::memset(row, 0, at.bytes);
+  want.quantise_act[static_cast<int>(act)](x.data(), x.size(), row);
+  got.quantise_act[static_cast<int>(act)](x.data(), x.size(), mine);
+  ++report->checks;
+  const size_t block = act == Act::Q32 ? 32 : 256;
+  bool equal = std::memcmp(row, mine, act == Act::F32 ? 4 * x.size() : x.size()) == 0;
+  if (act != Act::F32) {
+    equal = equal && std::memcmp(row + at.sum_at, mine + at.sum_at, 2 * (x.size() / 8)) == 0;
+    for (size_t b = 0; b < x.size() / block; ++b) {
+      const auto* a = reinterpret_cast<const float*>(row + at.scale_at);
+      equal = equal && same(a[b], reinterpret_cast<const float*>(mine + at.scale_at)[b]);
+    }
+  }
+  if (!equal) report->fail(what + " quantise_act");
+}
+
+void check_dequantise(const KernelTable& want, const KernelTable& got, Format format, const uint8_t* w, size_t cols,
+                      const std::string& what, Report* report) {
+  std::vector<float> a(cols), b(cols);
+  want.dequantise[static_cast<int>(format)](w, cols, a.data());
+  got.dequantise[static_cast<int>(format)](w, cols, b.data());
+  ++report->checks;
+  for (size_t k = 0; k < cols; ++k) {
+    if (!same(a[k], b[k])) return report->fail(what + " dequantise, weight " + std::to_string(k));
+  }
+}
+
+void check_shape(Rng& rng, Tier tier, Format format, size_t shape, Report* report) {
+  const KernelTable& want = *kernels_for(Tier::kScalar);
+  const KernelTable& got = *kernels_for(tier);
+  const FormatInfo& info = format_info(format);
+  const bool many = below(rng, 16) == 0;
+  const size_t rows = between(rng, 1, many ? 20 : 40);
+  const size_t tokens = many ? between(rng, 90, 210) : between(rng, 1, 20);
+  const size_t cols = info.block == 1 ? between(rng, 1, 300) : info.block * between(rng, 1, info.block == 32 ? 12 : 4);
+  const size_t stride = bytes_per_row(format, cols) + (below(rng, 4) == 0 ? between(rng, 1, 70) : 0);
+  const Weights kind = static_cast<Weights>(shape % static_cast<size_t>(Weights::kCount));
+  const std::string what = name(tier, format) + " rows " + std::to_string(rows) + " cols " + std::to_string(cols) +
+                           " tokens " + std::to_string(tokens) + " weights " + std::to_string(static_cast<int>(kind));
+
+  Guarded w((rows - 1) * stride + bytes_per_row(format, cols));
+  fill_weights(rng, kind, format, cols, stride, &w);
+  check_dequantise(want, got, format, w.data(), cols, what, report);
+
+  const size_t x_stride = act_layout(info.act, cols).bytes;
+  Guarded x(tokens * x_stride);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(cols);
+  for (size_t t = 0; t < tokens; ++t) {
+    const int pattern = static_cast<int>(below(rng, 16));
+    for (size_t k = 0; k < cols; ++k) values[k] = activation(rng, pattern, k, normal);
+    check_act(want, got, info.act, values, x.data() + t * x_stride, what, report);
+  }
+
+  const size_t y_stride = rows + below(rng, 4);
+  constexpr float kCanary = 12345;
+  std::vector<float> expected(tokens * y_stride + 1, kCanary), actual(tokens * y_stride + 1, kCanary);
+  LinearArgs args{w.data(), stride, rows, cols, x.data(), x_stride, tokens, expected.data(), y_stride};
+  want.linear[static_cast<int>(format)](args);
+  args.y = actual.data();
+  got.linear[static_cast<int>(format)](args);
+  ++report->checks;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if (same(expected[i], actual[i])) continue;
+    return report->fail(what + ": token " + std::to_string(i / y_stride) + " row " + std::to_string(i % y_stride) +
+                        " is " + std::to_string(actual[i]) + ", scalar " + std::to_string(expected[i]));
+  }
+}
+
+// ---- speed ----
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Core cycles per second right now: a chain of dependent additions takes one cycle each.
+double clock_rate() {
+  double best = 0;
+  for (int trial = 0; trial < 5; ++trial) {
+    uint64_t a = 0;
+    const double start = seconds();
+    for (int i = 0; i < 1000000; ++i) {
+#define PE_ADD4 "add $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\t"
+      __asm__ volatile(PE_ADD4 PE_ADD4 PE_ADD4 PE_ADD4 : "+r"(a));
+#undef PE_ADD4
+    }
+    best = std::max(best, 16e6 / (seconds() - start));
+  }
+  return best;
+}
+
+template <class Work>
+double best_time(size_t threads, Work work) {
+  double best = 1e9;
+  const double until = seconds() + 1;
+  for (int trial = 0; trial < 3 || (seconds() < until && trial < 50); ++trial) {
+    const double start = seconds();
+    std::vector<std::thread> pool;
+    for (size_t i = 1; i < threads; ++i) pool.emplace_back(work, i);
+    work(0);
+    for (std::thread& t : pool) t.join();
+    best = std::min(best, seconds() - start);
+  }
+  return best;
+}
+
+double read_stream(size_t threads) {
+  std::vector<uint64_t> memory((256u << 20) / 8, 1);
+  const size_t share = memory.size() / threads;
+  const double t = best_time(threads, [&](size_t i) {
+    uint64_t sum[8] = {};
+    for (size_t k = i * share; k + 8 <= (i + 1) * share; k += 8) {
+      for (size_t j = 0; j < 8; ++j) sum[j] += memory[k + j];
+    }
+    __asm__ volatile("" : : "g"(sum) : "memory");
+  });
+  return static_cast<double>(share * threads * 8) / t * 1e-9;
+}
+
+void bench(Tier tier, Format format, size_t threads) {
+  const KernelTable& kernels = *kernels_for(tier);
+  const FormatInfo& info = format_info(format);
+  const size_t cols = 4096, row_bytes = bytes_per_row(format, cols);
+  const size_t big = std::max<size_t>(4096, (192u << 20) / row_bytes) / 64 * 64;  // far more than any cache
+  std::vector<uint8_t> w(big * row_bytes);
+  std::vector<float> row(cols);
+  Rng rng(1);
+  std::normal_distribution<float> normal;
+  for (float& v : row) v = 0.02f * normal(rng);
+  quantise_row(format, row.data(), cols, w.data());
+  for (size_t r = 1; r < big; ++r) std::memcpy(w.data() + r * row_bytes, w.data(), row_bytes);
+  const double hz = clock_rate();
+  for (const size_t tokens : {1, 2, 3, 4, 8, 16, 64, 256, 512}) {
+    const size_t rows = tokens <= 8 ? big : tier == Tier::kScalar ? 64 : 4096;
+    const size_t stride = act_layout(info.act, cols).bytes;
+    Guarded x(tokens * stride);
+    for (size_t t = 0; t < tokens; ++t) {
+      for (float& v : row) v = normal(rng);
+      kernels.quantise_act[static_cast<int>(info.act)](row.data(), cols, x.data() + t * stride);
+    }
+    std::vector<float> y(tokens * rows);
+    const size_t share = rows / threads;
+    const double time = best_time(threads, [&](size_t i) {
+      // 64 rows a call, as the engine hands them out
+      for (size_t r = i * share; r < (i + 1) * share; r += 64) {
+        const size_t n = std::min<size_t>(64, (i + 1) * share - r);
+        kernels.linear[static_cast<int>(format)](
+            {w.data() + r * row_bytes, row_bytes, n, cols, x.data(), stride, tokens, y.data() + r, rows});
+      }
+    });
+    const double macs = static_cast<double>(rows) * static_cast<double>(cols) * static_cast<double>(tokens);
+    std::printf("%-12s %4zu tokens  %8.2f GB/s  %8.2f GMAC/s  %6.2f MAC/cycle/core\n", name(tier, format).c_str(), tokens,
+                static_cast<double>(rows * row_bytes) / time * 1e-9, macs / time * 1e-9,
+                macs / time / hz / static_cast<double>(threads));
+    std::fflush(stdout);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  size_t shapes = 200, seed = 1, threads = 1;
+  std::string only_tier, only_format;
+  bool benchmark = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string arg = argv[i];
+    if (arg == "--bench") {
+      benchmark = true;
+      continue;
+    }
+    const char* value = i + 1 < argc ? argv[++i] : "";
+    if (arg == "--shapes") {
+      shapes = std::strtoull(value, nullptr, 10);
+    } else if (arg == "--seed") {
+      seed = std::strtoull(value, nullptr, 10);
+    } else if (arg == "--threads") {
+      threads = std::max<size_t>(1, std::strtoull(value, nullptr, 10));
+    } else if (arg == "--tier") {
+      only_tier = value;
+    } else if (arg == "--format") {
+      only_format = value;
+    } else {
+      std::fprintf(stderr, "unknown option %s\n", arg.c_str());
+      return 2;
+    }
+  }
+  if (benchmark) std::printf("clock %.2f GHz, read stream %.2f GB/s\n", clock_rate() * 1e-9, read_stream(threads));
+  Report report;
+  size_t pairs = 0;
+  for (int t = benchmark ? 0 : 1; t < kTiers; ++t) {
+    const Tier tier = static_cast<Tier>(t);
+    if (!tier_available(tier) || (!only_tier.empty() && only_tier != tier_name(tier))) continue;
+    for (int f = 0; f < kFormats; ++f) {
+      const Format format = static_cast<Format>(f);
+      if (!only_format.empty() && only_format != format_info(format).name) continue;
+      ++pairs;
+      Rng rng(seed * 1000003 + static_cast<size_t>(t * kFormats + f));
+      if (benchmark) bench(tier, format, threads);
+      for (size_t i = 0; i < shapes && !benchmark; ++i) check_shape(rng, tier, format, i, &report);
+    }
+  }
+  if (!benchmark) {
+    std::printf("%zu tier-format pairs, %zu shapes each, %zu comparisons, %zu different\n", pairs, shapes, report.checks,
+                report.failures);
+  }
+  return report.failures == 0 ? 0 : 1;
+}
