@@ -1,0 +1,56 @@
+/* A host in C: loads a model, evaluates a prompt of ids, prints greedy ids. Compiled by tests/api/test_embedding.py against
+ * the installed header and library alone.   usage: embed MODEL COUNT ID... */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "pyengine.h"
+
+static int fail(const char* what) {
+  const pe_error* e = pe_last_error();
+  fprintf(stderr, "%s: %d %s %s\n", what, (int)e->status, e->code, e->message);
+  return 1;
+}
+
+int main(int argc, char** argv) {
+  pe_model* model = NULL;
+  pe_session* session = NULL;
+  pe_session_options options;
+  pe_model_info info;
+  int32_t ids[256];
+  float* logits;
+  int count, i;
+  size_t n = 0;
+
+  if (argc < 4) return 2;
+  count = atoi(argv[2]);
+  for (i = 3; i < argc; ++i) ids[n++] = (int32_t)atoi(argv[i]);
+
+  if (pe_model_open(argv[1], NULL, &model) != PE_OK) return fail("open");
+  pe_model_info_init(&info);
+  if (pe_model_get_info(model, &info) != PE_OK) return fail("info");
+  pe_session_options_init(&options);
+  options.n_ctx = 256;
+  options.n_threads = 2;
+  if (pe_session_create(model, &options, &session) != PE_OK) return fail("session");
+  pe_model_close(model); /* the session keeps it alive */
+
+  logits = (float*)malloc(info.n_vocab * sizeof *logits);
+  if (!logits) return 1;
+  for (i = 0; i < count; ++i) {
+    uint32_t k, best = 0;
+    if (pe_session_eval(session, ids, n, PE_LOGITS_LAST, logits, info.n_vocab) != PE_OK) return fail("eval");
+    for (k = 1; k < info.n_vocab; ++k)
+      if (logits[k] > logits[best]) best = k;
+    printf("%u\n", (unsigned)best);
+    ids[0] = (int32_t)best;
+    n = 1;
+  }
+
+  /* failures leave outputs empty and describe themselves */
+  if (pe_model_open("no such file", NULL, &model) != PE_E_IO || model != NULL) return 3;
+  if (pe_last_error()->status != PE_E_IO || pe_last_error()->message[0] == '\0') return 4;
+  free(logits);
+  pe_session_free(session);
+  pe_session_free(NULL);
+  return 0;
+}
