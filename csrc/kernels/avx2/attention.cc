@@ -106,6 +106,13 @@ void value_tile(const float* p, const T* v, size_t keys, size_t dim, bool first,
   }
 }
 
+// Reads every line of a tile in order. The columns value_tile walks are too narrow for the hardware to see a stream;
+// this it sees (from memory, four heads of 128: 10 us a chunk instead of 18; prefetch instructions gave 14).
+inline void touch(const void* tile, size_t bytes) {
+  const volatile char* p = static_cast<const volatile char*>(tile);
+  for (size_t i = 0; i < bytes; i += 64) static_cast<void>(p[i]);
+}
+
 // Calls f(Count<N>(), first head) with the heads in groups of N = 4, 2 and 1.
 template <int N>
 struct Count {
@@ -180,6 +187,7 @@ void attn_chunk(const AttnArgs& args) {
     }
     for (size_t j = 0; j < args.keys; j += kTile) {
       const size_t keys = args.keys - j < kTile ? args.keys - j : kTile;
+      touch(v + j * args.head_dim_v, keys * args.head_dim_v * sizeof(T));
       for_heads(heads, [&](auto count, size_t h) {
         value_tile<count.value>(p + h * kAttnChunk + j, v + j * args.head_dim_v, keys, args.head_dim_v, j == 0,
                                 args.acc + (h0 + h) * args.acc_stride, args.acc_stride);
