@@ -1,0 +1,1 @@
+"""The commands: thin programs over the library, one file each."""

@@ -1,0 +1,224 @@
+"""What every command does alike: exit codes, messages, terminals, Ctrl-C, UTF-8."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from types import FrameType
+from typing import Any, TextIO, TypeVar
+
+from pyengine.errors import ContextFull, EngineError
+
+EXIT_OK = 0
+EXIT_ERROR = 1  # the file, the model, the machine
+EXIT_USAGE = 2  # the command line or the text given to it
+EXIT_CONTEXT = 3  # the context is full
+EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT
+EXIT_PIPE = 141  # the reader of our output went away: 128 + SIGPIPE
+
+_T = TypeVar("_T")
+
+
+class UsageError(Exception):
+    """What the user asked for makes no sense; the message says why."""
+
+
+def run_command(name: str, command: Callable[[], int], *, debug: bool = False) -> int:
+    """Runs a command and turns every failure into one message on stderr and an exit code."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return _closed_pipe()
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", EXIT_INTERRUPTED, debug)
+    except UsageError as error:
+        return _fail(name, f"error: {error}", EXIT_USAGE, debug)
+    except ContextFull as error:
+        return _fail(name, f"error: {error.message}", EXIT_CONTEXT, debug)
+    except EngineError as error:
+        return _fail(name, f"error: {describe(error)}", EXIT_ERROR, debug)
+    except MemoryError:
+        return _fail(name, "error: out of memory", EXIT_ERROR, debug)
+    except OSError as error:
+        return _fail(name, f"error: {error}", EXIT_ERROR, debug)
+    except Exception as error:
+        hint = "" if debug else "; --debug shows where"
+        return _fail(name, f"internal error: {type(error).__name__}: {error}{hint}", EXIT_ERROR, debug)
+
+
+def describe(error: EngineError) -> str:
+    """The message, and where in the file when the message does not say so itself."""
+    where = [error.field] if error.field and error.field not in error.message else []
+    if error.offset is not None:
+        where.append(f"byte {error.offset}")
+    return error.message + (f" ({', '.join(where)})" if where else "")
+
+
+def _fail(name: str, message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _closed_pipe()
+    say(f"{name}: {message}")
+    return code
+
+
+def _closed_pipe() -> int:
+    """Nobody reads our output any more: be quiet, also when Python flushes at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+    return EXIT_PIPE
+
+
+def say(text: str, end: str = "\n") -> None:
+    """A line for the person at the terminal, on stderr; never fails."""
+    try:
+        sys.stderr.write(printable(text) + end)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def use_utf8() -> None:
+    """Output is UTF-8 whatever the locale; undecodable input stays recognisable (see :func:`check_utf8`)."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def check_utf8(text: str, what: str) -> str:
+    """``text``, unless it came from bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = len(text[: error.start].encode())
+        raise UsageError(
+            f"{what} is not valid UTF-8 (byte {at + 1}): convert it first, for example with iconv"
+        ) from None
+    return text
+
+
+def read_utf8(data: bytes, what: str) -> str:
+    """Bytes from outside as text; a byte order mark is dropped."""
+    return check_utf8(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), what)
+
+
+_CONTROL = {code: None for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Text without control characters: a model or a file must not steer the terminal."""
+    return text.translate(_CONTROL)
+
+
+class Status:
+    """A line on stderr that is overwritten and disappears; nothing at all when stderr is no terminal."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._on = self._stream.isatty()
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        if self._on:
+            self._write("\r" + text.ljust(self._width))
+            self._width = len(text)
+
+    def clear(self) -> None:
+        if self._width:
+            self._write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._on = False
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping, or ``None`` where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as info:
+            fields = dict(line.split(":", 1) for line in info)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+class Interrupt:
+    """Ctrl-C while a ``with`` block runs: the first one calls ``cancel``, a second one raises ``KeyboardInterrupt``.
+
+    Does nothing outside the main thread or where the program was started with Ctrl-C ignored.
+    """
+
+    def __init__(self, cancel: Callable[[], object]) -> None:
+        self._cancel = cancel
+        self._old: Any = None
+        self.count = 0
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self._cancel()
+        if self.count > 1:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Interrupt:
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread() and not ignored:
+            self._old = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGINT, self._old)
+
+
+def in_background(items: Iterator[_T], cancel: Callable[[], object]) -> Generator[_T, None, None]:
+    """The same items, produced by another thread, so that this one sees Ctrl-C at once even during long native calls.
+
+    When the consumer leaves early (an exception, ``close``), the producer is cancelled and waited for.
+    """
+    done = object()
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (item, None), (done, None) or (done, exception)
+    leaving = threading.Event()
+
+    def produce() -> None:
+        try:
+            for item in items:
+                results.put((item, None))
+                if leaving.is_set():
+                    return items.close() if isinstance(items, Generator) else None
+            results.put((done, None))
+        except BaseException as error:
+            results.put((done, error))
+
+    worker = threading.Thread(target=produce, name="pyengine-generate", daemon=True)
+    worker.start()
+    try:
+        while True:
+            try:
+                item, error = results.get(timeout=0.2)  # a bound, because Windows delivers no signal to a blocked get
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            if item is done:
+                return
+            yield item
+    finally:
+        leaving.set()
+        if worker.is_alive():
+            cancel()
+            worker.join(timeout=2.0)
