@@ -285,8 +285,8 @@ void check_processors() {
     check(usable_cores() == 1 && usable_cpus() == 1, "one allowed CPU is one core");
   }).join();
 #endif
-  char folder[] = "/tmp/pool_check_XXXXXX";
-  const std::string root = mkdtemp(folder);
+  std::string root = (std::filesystem::temp_directory_path() / "pool_check_XXXXXX").string();
+  if (mkdtemp(root.data()) == nullptr) std::abort();
   const auto quota = [&](const std::string& groups) {
     write_file(root + "/proc/self/cgroup", groups);
     return cgroup_cpu_quota(root);

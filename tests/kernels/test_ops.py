@@ -31,7 +31,8 @@ def _run(name: str) -> str:
 def _count(output: str, name: str) -> int:
     """How many comparisons the program says it made; a check that compares nothing proves nothing."""
     line = output.strip().splitlines()[-1]
-    assert line.startswith(f"{name}: ") and line.endswith(" checks, 0 failures"), output
+    assert line.startswith(f"{name}: "), output
+    assert line.endswith(" checks, 0 failures"), output
     return int(line.split()[1])
 
 
