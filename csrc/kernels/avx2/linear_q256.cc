@@ -114,17 +114,18 @@ inline void decode_scales_k4(const uint8_t* const row[8], size_t at, int half, P
 }
 
 struct Q4_K {
+  using Block = BlockQ4_K;
   static constexpr size_t kBlock = 256;
   using Panel = PanelK4;
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
-    const size_t at = first * sizeof(BlockQ4_K);
+    const size_t at = first * sizeof(Block);
     for (int half = 0; half < 2; ++half) {
       const uint8_t* const* row = rows + 8 * half;
       decode_scales_k4(row, at, half, panel);
       for (int c = 0; c < 8; ++c) {  // 16 bytes: steps 4 (c % 2) .. of sub-blocks c / 2 * 2 and the next
         __m256i v[4];
-        transpose16(row, at + offsetof(BlockQ4_K, qs) + 16 * static_cast<size_t>(c), v);
+        transpose16(row, at + offsetof(Block, qs) + 16 * static_cast<size_t>(c), v);
         for (int s = 0; s < 4; ++s) {
           store(panel->codes[c / 2 * 2][c % 2 * 4 + s] + 32 * half, low_nibbles(v[s]));
           store(panel->codes[c / 2 * 2 + 1][c % 2 * 4 + s] + 32 * half, high_nibbles(v[s]));
@@ -138,19 +139,20 @@ struct Q4_K {
     multiply_k4<kTokens, 1>(panel, x, first, acc);
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks) {
+  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
-      const size_t at = b * sizeof(BlockQ4_K);
+      const size_t at = b * sizeof(Block);
       ScalesK4 s;
       scales_k4(rows, at, &s);
       int16_t sum[8];
       sums32(x.sum[0] + 32 * b, sum);
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
+        prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));
         __m256i whole = _mm256_setzero_si256();
         for (int c = 0; c < 4; ++c) {
-          const __m256i packed = load(rows[r] + at + offsetof(BlockQ4_K, qs) + 32 * static_cast<size_t>(c));
+          const __m256i packed = load(rows[r] + at + offsetof(Block, qs) + 32 * static_cast<size_t>(c));
           const __m256i low = _mm256_maddubs_epi16(low_nibbles(packed), load(x.q[0] + 256 * b + 64 * c));
           const __m256i high = _mm256_maddubs_epi16(high_nibbles(packed), load(x.q[0] + 256 * b + 64 * c + 32));
           whole = _mm256_add_epi32(whole, _mm256_madd_epi16(low, broadcast32(reinterpret_cast<int32_t*>(&s.scale[2 * c]) + r)));
@@ -174,6 +176,7 @@ inline __m256i fifth_bit(__m256i v) {
 }
 
 struct Q5_K {
+  using Block = BlockQ5_K;
   static constexpr size_t kBlock = 256;
   using Panel = PanelK4;
 
@@ -182,7 +185,7 @@ struct Q5_K {
   static void decode_pair(const uint8_t* const row[8], size_t at, const __m256i high[8], int half, Panel* panel) {
     for (int part = 0; part < 2; ++part) {
       __m256i v[4];
-      transpose16(row, at + offsetof(BlockQ5_K, qs) + 32 * kC + 16 * static_cast<size_t>(part), v);
+      transpose16(row, at + offsetof(Block, qs) + 32 * kC + 16 * static_cast<size_t>(part), v);
       for (int s = 0; s < 4; ++s) {
         const __m256i h = high[4 * part + s];
         store(panel->codes[2 * kC][4 * part + s] + 32 * half, _mm256_or_si256(low_nibbles(v[s]), fifth_bit<2 * kC>(h)));
@@ -193,13 +196,13 @@ struct Q5_K {
   }
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
-    const size_t at = first * sizeof(BlockQ5_K);
+    const size_t at = first * sizeof(Block);
     for (int half = 0; half < 2; ++half) {
       const uint8_t* const* row = rows + 8 * half;
       decode_scales_k4(row, at, half, panel);
       __m256i high[8];
-      transpose16(row, at + offsetof(BlockQ5_K, qh), high);
-      transpose16(row, at + offsetof(BlockQ5_K, qh) + 16, high + 4);
+      transpose16(row, at + offsetof(Block, qh), high);
+      transpose16(row, at + offsetof(Block, qh) + 16, high + 4);
       decode_pair<0>(row, at, high, half, panel);
       decode_pair<1>(row, at, high, half, panel);
       decode_pair<2>(row, at, high, half, panel);
@@ -215,7 +218,7 @@ struct Q5_K {
   // Sub-blocks 2 c and 2 c + 1 of one row against q (from the block on).
   template <int kC>
   static __m256i dot_pair(const uint8_t* block, __m256i high, const int8_t* q, const ScalesK4& s, int r) {
-    const __m256i packed = load(block + offsetof(BlockQ5_K, qs) + 32 * kC);
+    const __m256i packed = load(block + offsetof(Block, qs) + 32 * kC);
     const __m256i a = _mm256_or_si256(low_nibbles(packed), fifth_bit<2 * kC>(high));
     const __m256i b = _mm256_or_si256(high_nibbles(packed), fifth_bit<2 * kC + 1>(high));
     const __m256i x = _mm256_maddubs_epi16(a, load(q + 64 * kC));
@@ -224,10 +227,10 @@ struct Q5_K {
                             _mm256_madd_epi16(y, broadcast32(reinterpret_cast<const int32_t*>(&s.scale[2 * kC + 1]) + r)));
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks) {
+  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
-      const size_t at = b * sizeof(BlockQ5_K);
+      const size_t at = b * sizeof(Block);
       ScalesK4 s;
       scales_k4(rows, at, &s);
       int16_t sum[8];
@@ -235,8 +238,9 @@ struct Q5_K {
       const int8_t* q = x.q[0] + 256 * b;
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
+        prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));
         const uint8_t* block = rows[r] + at;
-        const __m256i high = load(block + offsetof(BlockQ5_K, qh));
+        const __m256i high = load(block + offsetof(Block, qh));
         v[r] = _mm256_add_epi32(
             _mm256_add_epi32(dot_pair<0>(block, high, q, s, r), dot_pair<1>(block, high, q, s, r)),
             _mm256_add_epi32(dot_pair<2>(block, high, q, s, r), dot_pair<3>(block, high, q, s, r)));
@@ -252,6 +256,7 @@ struct Q5_K {
 // ---- Q6_K ----
 
 struct Q6_K {
+  using Block = BlockQ6_K;
   static constexpr size_t kBlock = 256;
   struct Panel {
     uint8_t codes[16][4][64];  // [sub-block of 16][step][4 row + column], 0 .. 63
@@ -260,21 +265,21 @@ struct Q6_K {
   };
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
-    const size_t at = first * sizeof(BlockQ6_K);
+    const size_t at = first * sizeof(Block);
     for (int half = 0; half < 2; ++half) {
       const uint8_t* const* row = rows + 8 * half;
       __m256i v[4];
-      transpose16(row, at + offsetof(BlockQ6_K, scales), v);
+      transpose16(row, at + offsetof(Block, scales), v);
       for (int j = 0; j < 16; ++j) {
         const __m256i unsigned_pair = byte_pair(v[j / 4], j % 4, j % 4);
         panel->scale[j][half] = _mm256_srai_epi16(_mm256_slli_epi16(unsigned_pair, 8), 8);
       }
-      panel->d[half] = load_f16(row, at + offsetof(BlockQ6_K, d));
+      panel->d[half] = load_f16(row, at + offsetof(Block, d));
       for (int h = 0; h < 2; ++h) {         // 128 codes
         for (int part = 0; part < 2; ++part) {  // 16 bytes of qh: codes 32 s + 16 part .. of each s = 0 .. 3
           __m256i high[4], first_low[4], second_low[4];
-          const size_t ql = at + offsetof(BlockQ6_K, ql) + 64 * static_cast<size_t>(h) + 16 * static_cast<size_t>(part);
-          transpose16(row, at + offsetof(BlockQ6_K, qh) + 32 * static_cast<size_t>(h) + 16 * static_cast<size_t>(part), high);
+          const size_t ql = at + offsetof(Block, ql) + 64 * static_cast<size_t>(h) + 16 * static_cast<size_t>(part);
+          transpose16(row, at + offsetof(Block, qh) + 32 * static_cast<size_t>(h) + 16 * static_cast<size_t>(part), high);
           transpose16(row, ql, first_low);
           transpose16(row, ql + 32, second_low);
           for (int s = 0; s < 4; ++s) {
@@ -340,9 +345,9 @@ struct Q6_K {
   // Codes 128 h .. 128 h + 127 of one row; scales of their sub-blocks in both halves.
   template <int kH>
   static __m256i dot128(const uint8_t* block, const int8_t* q, __m256i scales) {
-    const __m256i first = load(block + offsetof(BlockQ6_K, ql) + 64 * kH);
-    const __m256i second = load(block + offsetof(BlockQ6_K, ql) + 64 * kH + 32);
-    const __m256i high = load(block + offsetof(BlockQ6_K, qh) + 32 * kH);
+    const __m256i first = load(block + offsetof(Block, ql) + 64 * kH);
+    const __m256i second = load(block + offsetof(Block, ql) + 64 * kH + 32);
+    const __m256i high = load(block + offsetof(Block, qh) + 32 * kH);
     const __m256i a = dot32<4 * kH>(_mm256_or_si256(low_nibbles(first), top_bits<0>(high)), q, scales);
     const __m256i b = dot32<4 * kH + 1>(_mm256_or_si256(low_nibbles(second), top_bits<2>(high)), q, scales);
     const __m256i c = dot32<4 * kH + 2>(_mm256_or_si256(high_nibbles(first), top_bits<4>(high)), q, scales);
@@ -350,22 +355,23 @@ struct Q6_K {
     return _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks) {
+  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
-      const size_t at = b * sizeof(BlockQ6_K);
+      const size_t at = b * sizeof(Block);
       const int8_t* q = x.q[0] + 256 * b;
       const __m256i sum = sums16(x.sum[0] + 32 * b);
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
+        prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));
         const uint8_t* block = rows[r] + at;
-        const __m256i scales = _mm256_cvtepi8_epi16(load128(block + offsetof(BlockQ6_K, scales)));
+        const __m256i scales = _mm256_cvtepi8_epi16(load128(block + offsetof(Block, scales)));
         const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(scales, sum), 5);  // 32 * scale * sum
         const __m256i first = dot128<0>(block, q, _mm256_permute2x128_si256(scales, scales, 0x00));
         const __m256i second = dot128<1>(block, q, _mm256_permute2x128_si256(scales, scales, 0x11));
         v[r] = _mm256_sub_epi32(_mm256_add_epi32(first, second), offset);
       }
-      const __m256 d = load_f16(rows, at + offsetof(BlockQ6_K, d));
+      const __m256 d = load_f16(rows, at + offsetof(Block, d));
       acc = add_term(acc, d, _mm256_set1_ps(x.scale[0][b]), fold8(v));
     }
     return acc;

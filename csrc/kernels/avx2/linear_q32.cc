@@ -12,6 +12,7 @@ inline __m256i centre(const int16_t* sum, size_t block) {
 }
 
 struct Q4_0 {
+  using Block = BlockQ4_0;
   static constexpr size_t kBlock = 32;
   struct Panel {
     uint8_t codes[8][8][64];  // [block][step][4 row + column]
@@ -20,7 +21,7 @@ struct Q4_0 {
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t n, Panel* panel) {
     for (size_t b = 0; b < n; ++b) {
-      const size_t at = (first + b) * sizeof(BlockQ4_0);
+      const size_t at = (first + b) * sizeof(Block);
       for (int half = 0; half < 2; ++half) {
         const uint8_t* const* row = rows + 8 * half;
         __m256i v[4];
@@ -58,36 +59,45 @@ struct Q4_0 {
     }
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks) {
+  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
-      const size_t at = b * sizeof(BlockQ4_0);
-      const __m256i q = load(x.q[0] + 32 * b);
-      const __m256i offset = _mm256_maddubs_epi16(_mm256_set1_epi8(8), q);
-      __m256i v[8];
-      for (int r = 0; r < 8; ++r) {
-        const __m128i packed = load128(rows[r] + at + 2);
-        const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
-        const __m256i products = _mm256_maddubs_epi16(low_nibbles(both), q);
-        v[r] = _mm256_madd_epi16(_mm256_sub_epi16(products, offset), ones);  // 4 products: within +-4064
+      const size_t at = b * sizeof(Block);
+      prefetch(ahead + 8 * at, 8 * sizeof(Block));
+      // Rows r and r + 4 share a register; codes 0-15 of both meet q 0-15, codes 16-31 q 16-31.
+      const __m256i q0 = _mm256_broadcastsi128_si256(load128(x.q[0] + 32 * b));
+      const __m256i q1 = _mm256_broadcastsi128_si256(load128(x.q[0] + 32 * b + 16));
+      __m256i v[4];
+      for (int r = 0; r < 4; ++r) {
+        const __m256i packed = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(rows[r] + at + 2)),
+                                                       load128(rows[r + 4] + at + 2), 1);
+        const __m256i low = _mm256_maddubs_epi16(low_nibbles(packed), q0);
+        const __m256i high = _mm256_maddubs_epi16(high_nibbles(packed), q1);
+        v[r] = _mm256_madd_epi16(_mm256_add_epi16(low, high), ones);  // 8 products of 0 .. 15: within +-15240
       }
-      // Halve twice through int16 (within +-8128), then join the 128-bit halves.
-      __m256i w[4];
-      for (int r = 0; r < 4; ++r) w[r] = _mm256_madd_epi16(_mm256_packs_epi32(v[2 * r], v[2 * r + 1]), ones);
-      const __m256i low = _mm256_madd_epi16(_mm256_packs_epi32(w[0], w[1]), ones);
-      const __m256i high = _mm256_madd_epi16(_mm256_packs_epi32(w[2], w[3]), ones);
-      const __m256i whole =
-          _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
-      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]), whole);
+      // Halve by way of int16 until each row has one int32: 16 products are within +-30480.
+      const __m256i a = _mm256_madd_epi16(_mm256_packs_epi32(v[0], v[1]), ones);
+      const __m256i c = _mm256_madd_epi16(_mm256_packs_epi32(v[2], v[3]), ones);
+      const __m256i dot = _mm256_madd_epi16(_mm256_packs_epi32(a, c), ones);
+      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]), _mm256_sub_epi32(dot, offset(x.sum[0] + 4 * b)));
     }
     return acc;
+  }
+
+  // 8 times the sum of a block's activations, from its four partial sums.
+  static __m256i offset(const int16_t sum[4]) {
+    int64_t four;
+    memcpy(&four, sum, 8);
+    const __m256i two = _mm256_madd_epi16(_mm256_set1_epi64x(four), _mm256_set1_epi16(8));
+    return _mm256_add_epi32(two, _mm256_shuffle_epi32(two, 0xb1));
   }
 };
 
 // A code of Q8_0 is 16 h + l - 128 with nibbles h, l. Pairs of whole bytes would saturate vpmaddubsw, so the two planes of
 // nibbles are multiplied one after the other: h as in Q4_0 (16 (h - 8) is the code less l), l without an offset.
 struct Q8_0 {
+  using Block = BlockQ8_0;
   static constexpr size_t kBlock = 32;
   struct Panel {
     uint8_t high[8][8][64];
@@ -97,7 +107,7 @@ struct Q8_0 {
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t n, Panel* panel) {
     for (size_t b = 0; b < n; ++b) {
-      const size_t at = (first + b) * sizeof(BlockQ8_0);
+      const size_t at = (first + b) * sizeof(Block);
       for (int half = 0; half < 2; ++half) {
         const uint8_t* const* row = rows + 8 * half;
         for (int part = 0; part < 2; ++part) {
@@ -138,10 +148,11 @@ struct Q8_0 {
     }
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks) {
+  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
-      const size_t at = b * sizeof(BlockQ8_0);
+      const size_t at = b * sizeof(Block);
+      prefetch(ahead + 8 * at, 8 * sizeof(Block));
       const __m256i q = load(x.q[0] + 32 * b);
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
