@@ -216,7 +216,7 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, Any], *, override: str | None = None) -> None:
         self.model: str = _get(metadata, "model", str, required=True)
-        self._tokens: list[str] = list(_get(metadata, "tokens", Sequence, required=True))
+        self._tokens = _texts(metadata, "tokens")
         self.n_vocab = len(self._tokens)
         self._types = _token_types(metadata, self.n_vocab)
         self.bos_id = self._id(metadata, "bos_token_id")
@@ -225,6 +225,7 @@ class Tokenizer:
         for special in (self.bos_id, self.eos_id):
             if special is not None and _looks_like_markup(self._tokens[special]):
                 self._types[special] = TokenType.CONTROL
+        self._special = [i for i, kind in enumerate(self._types) if kind != 1]  # NORMAL, spelt out for speed
         self.eog_ids = self._find_eog(metadata)
         self.special_strings = self._select(self._is_marker)
         self._markers = _Matcher(self.special_strings)
@@ -251,8 +252,8 @@ class Tokenizer:
             if flag and special is None:
                 raise _bad(f"add_{key}_token", f"asks for a token, but {key}_token_id is missing")
         self._bytes: list[bytes | None] = [None] * self.n_vocab
-        for token, kind in enumerate(self._types):
-            if kind == TokenType.BYTE:
+        for token in self._special:
+            if self._types[token] == TokenType.BYTE:
                 self.token_bytes(token)  # raises here rather than in the middle of a generation
 
     @classmethod
@@ -384,33 +385,37 @@ class Tokenizer:
         text, kind = self._tokens[token], self._types[token]
         if kind == TokenType.USER_DEFINED:
             return _looks_like_markup(text)
-        return kind in (TokenType.CONTROL, TokenType.UNKNOWN)
+        # One character could not be told from text; such a token has no name that text can call it by.
+        return kind in (TokenType.CONTROL, TokenType.UNKNOWN) and len(text) > 1
 
     def _select(self, keep: Callable[[int], bool]) -> dict[str, int]:
         """Text to id of the special tokens that ``keep`` accepts; of equal texts the first counts."""
         chosen: dict[str, int] = {}
-        for token, kind in enumerate(self._types):
-            if kind != TokenType.NORMAL and self._tokens[token] and keep(token):
+        for token in self._special:
+            if self._tokens[token] and keep(token):
                 chosen.setdefault(self._tokens[token], token)
         return chosen
 
     def _find_eog(self, metadata: Mapping[str, Any]) -> frozenset[int]:
         found = {self.eos_id, self._id(metadata, "eot_token_id"), self._id(metadata, "eom_token_id")}
         special = (TokenType.CONTROL, TokenType.USER_DEFINED)
-        found |= {i for i, t in enumerate(self._types) if t in special and self._tokens[i] in _END_NAMES}
+        found |= {i for i in self._special if self._types[i] in special and self._tokens[i] in _END_NAMES}
         return frozenset(i for i in found if i is not None)
 
     def _mergeable(self) -> dict[str, int]:
         """The tokens that text may become by merging."""
-        barred = (TokenType.CONTROL, TokenType.UNKNOWN)
-        items = [(t, i) for i, t in enumerate(self._tokens) if t and self._types[i] not in barred]
-        vocab = dict(items)
-        if len(vocab) != len(items):
-            seen: dict[str, int] = {}
-            for text, token in items:
-                if seen.setdefault(text, token) != token:
-                    raise _bad("tokens", f"{text!r} appears twice, as {seen[text]} and {token}")
-        for text in self.special_strings:
+        vocab = dict(zip(self._tokens, range(self.n_vocab), strict=True))
+        barred = [i for i in self._special if self._types[i] in (TokenType.CONTROL, TokenType.UNKNOWN)]
+        if len(vocab) != self.n_vocab:  # duplicates: harmless where only one of them can be reached
+            vocab = {}
+            hidden = set(barred)
+            for token, text in enumerate(self._tokens):
+                if text and token not in hidden and vocab.setdefault(text, token) != token:
+                    raise _bad("tokens", f"{text!r} appears twice, as {vocab[text]} and {token}")
+        for token in barred:
+            if vocab.get(self._tokens[token]) == token:
+                del vocab[self._tokens[token]]
+        for text in ("", *self.special_strings):
             vocab.pop(text, None)
         return vocab
 
@@ -425,7 +430,7 @@ class Tokenizer:
                 code="unknown_pretokenizer",
                 field="tokenizer.ggml.pre",
             )
-        merges = [_cut_merge(m) for m in _get(metadata, "merges", Sequence, required=True)]
+        merges = [(left, right) for left, _, right in [m.partition(" ") for m in _texts(metadata, "merges")]]
         try:
             bpe = models.BPE(self._mergeable(), merges, ignore_merges=family.ignore_merges)
         except Exception as error:  # the library raises plain Exception for a merge of unknown tokens
@@ -437,7 +442,7 @@ class Tokenizer:
         return tokenizer, family.add_bos
 
     def _build_sentencepiece(self, metadata: Mapping[str, Any]) -> HfTokenizer:
-        scores = [float(s) for s in _get(metadata, "scores", Sequence, required=True)]
+        scores = list(map(float, _get(metadata, "scores", Sequence, required=True)))
         if len(scores) != self.n_vocab:
             raise _bad("scores", f"has {len(scores)} entries for {self.n_vocab} tokens")
         if not all(map(math.isfinite, scores)):
@@ -490,16 +495,23 @@ def _get(metadata: Mapping[str, Any], name: str, kind: type, *, required: bool =
     return value
 
 
+def _texts(metadata: Mapping[str, Any], name: str) -> list[str]:
+    value = _get(metadata, name, Sequence, required=True)
+    if not isinstance(value, list) or (value and not isinstance(value[0], str)):  # arrays are of one type
+        raise _bad(name, "is no array of texts")
+    return value
+
+
 def _token_types(metadata: Mapping[str, Any], n_vocab: int) -> list[int]:
     value = _get(metadata, "token_type", Sequence)
     if value is None:  # optional in the format: every token is then plain text, but for those named by id
         return [int(TokenType.NORMAL)] * n_vocab
-    types = [int(t) for t in value]
+    types: list[int] = value.tolist() if hasattr(value, "tolist") else list(value)
     if len(types) != n_vocab:
         raise _bad("token_type", f"has {len(types)} entries for {n_vocab} tokens")
-    if not set(types) <= set(TokenType):
-        unknown = sorted(set(types) - set(TokenType))[0]
-        raise _bad("token_type", f"holds the unknown type {unknown}")
+    unknown = set(types) - set(TokenType)
+    if unknown:
+        raise _bad("token_type", f"holds the unknown type {sorted(unknown)[0]}")
     return types
 
 
@@ -512,11 +524,6 @@ def _byte_value(text: str) -> int:
     if match is None:
         raise _bad("tokens", f"{text!r} is typed as a byte but is not of the form <0xNN>")
     return int(match[1], 16)
-
-
-def _cut_merge(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
 
 
 def _check_text(text: str) -> None:
