@@ -1,0 +1,181 @@
+"""Packed formats against the `gguf` package: reading is exact, the simple quantisers agree byte for byte."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf.quants import dequantize, quantize
+
+from pyengine import quant
+from pyengine.errors import InvalidArgument
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+FORMATS = list(quant.FORMATS)
+EXACT = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # the gguf package writes these too
+FITTED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+BLOCKS = [name for name in FORMATS if quant.FORMATS[name].block_size > 1]
+
+
+def peer_dequantise(name: str, packed: Bytes) -> Floats:
+    with np.errstate(all="ignore"):  # NaN and infinite scales on random bytes
+        return dequantize(packed, gguf.GGMLQuantizationType[name]).astype(np.float32, copy=False)
+
+
+def peer_quantise(name: str, values: Floats) -> Bytes:
+    with np.errstate(all="ignore"):
+        return quantize(values, gguf.GGMLQuantizationType[name]).view(np.uint8).reshape(values.shape[0], -1)
+
+
+def assert_same_floats(ours: Floats, theirs: Floats) -> None:
+    """Equal bits; any NaN equals any NaN."""
+    different = (ours.view(np.uint32) != theirs.view(np.uint32)) & ~(np.isnan(ours) & np.isnan(theirs))
+    assert not different.any(), f"{different.sum()} of {different.size} differ, first at {np.argwhere(different)[0]}"
+
+
+def gaussian(rows: int, cols: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
+
+
+def assorted(rows: int, cols: int, seed: int = 1) -> Floats:
+    """Rows of many magnitudes (no scale overflows fp16), and the shapes rounding trips over."""
+    rng = np.random.default_rng(seed)
+    x = gaussian(rows, cols, seed) * np.exp(rng.uniform(-30, 8, (rows, 1))).astype(np.float32)
+    x[0] = 0
+    x[1] = 0.75
+    x[2] = -np.abs(x[2])
+    x[3] = np.abs(x[3])
+    x[4, ::2] = 0
+    x[5] = np.round(gaussian(1, cols, seed + 1)[0] * 8) / 4  # ties
+    x[6] = np.where(np.arange(cols) % 32 == 5, 127, np.arange(cols) % 32 - 15.5)  # exact halves in Q8_0
+    x[7] = rng.choice(np.array([-1, 1], np.float32), cols)  # both signs of the largest magnitude
+    return x.astype(np.float32)
+
+
+def test_the_list_of_formats_is_that_of_the_gguf_package() -> None:
+    for name, fmt in quant.FORMATS.items():
+        kind = gguf.GGMLQuantizationType[name]
+        assert (fmt.type, fmt.block_size, fmt.block_bytes) == (kind.value, *gguf.GGML_QUANT_SIZES[kind])
+        assert fmt.can_quantise
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_random_bytes_dequantise_to_the_same_bits(name: str) -> None:
+    fmt = quant.FORMATS[name]
+    cols = fmt.block_size * 5
+    packed = np.random.default_rng(7).integers(0, 256, (600, fmt.row_bytes(cols)), dtype=np.uint8)
+    assert_same_floats(quant.dequantise(name, packed, 600, cols), peer_dequantise(name, packed).reshape(600, cols))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised_weights_dequantise_to_the_same_bits(name: str) -> None:
+    packed = quant.quantise(name, assorted(64, 768))
+    assert_same_floats(quant.dequantise(name, packed, 64, 768), peer_dequantise(name, packed).reshape(64, 768))
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_every_16_bit_pattern_widens_exactly(name: str) -> None:
+    every = np.arange(65536, dtype=np.uint16)
+    packed = every.view(np.uint8).reshape(1, -1)
+    expected = (
+        every.view(np.float16).astype(np.float32) if name == "F16" else (every.astype(np.uint32) << 16).view(np.float32)
+    )
+    assert_same_floats(quant.dequantise(name, packed, 1, 65536), expected.reshape(1, -1))
+
+
+def test_narrowing_rounds_to_nearest_even_at_every_boundary() -> None:
+    """The neighbourhood of every midpoint of two fp16 values, denormals included, and of bfloat16 ones."""
+    halves = np.arange(0x7BFF, dtype=np.uint16)
+    low, high = halves.view(np.float16).astype(np.float64), (halves + 1).view(np.float16).astype(np.float64)
+    middle = ((low + high) / 2).astype(np.float32)  # exact: one more bit
+    near = [middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e9))]
+    x = np.concatenate([*near, *(-v for v in near)]).reshape(1, -1)
+    assert np.array_equal(quant.quantise("F16", x), x.astype(np.float16).view(np.uint8))
+
+    bits = (np.arange(0x7F7F, dtype=np.uint32) << 16) | 0x8000
+    y = np.concatenate([bits - 1, bits, bits + 1]).view(np.float32).reshape(1, -1)
+    assert np.array_equal(quant.quantise("BF16", y), peer_quantise("BF16", y))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_simple_quantisers_write_the_bytes_of_the_gguf_package(name: str) -> None:
+    x = assorted(400, 1024)
+    assert np.array_equal(quant.quantise(name, x), peer_quantise(name, x))
+
+
+def plain_error(x: Floats, sub_block: int, levels: int, symmetric: bool) -> float:
+    """RMSE of rounding to `levels` evenly spaced values per sub-block, scales kept exactly: step / sqrt(12)."""
+    parts = x.reshape(-1, sub_block)
+    if symmetric:  # -levels / 2 .. levels / 2 - 1
+        step = np.abs(parts).max(1) / (levels / 2)
+    else:
+        step = (parts.max(1) - parts.min(1)) / (levels - 1)
+    return float(np.sqrt(np.mean(step**2) / 12))
+
+
+@pytest.mark.parametrize(
+    ("name", "sub_block", "levels", "symmetric"),
+    [("Q2_K", 16, 4, False), ("Q3_K", 16, 8, True), ("Q4_K", 32, 16, False), ("Q5_K", 32, 32, False),
+     ("Q6_K", 16, 64, True), ("IQ4_NL", 32, 16, True), ("IQ4_XS", 32, 16, True)],
+)  # fmt: skip
+def test_fitted_quantisers_lose_no_more_than_plain_rounding(
+    name: str, sub_block: int, levels: int, symmetric: bool
+) -> None:
+    """True RMSE, as the gguf package reads the file. Rounded scales cost a little, fitting them gains more; no code of b
+    bits a weight can have an error below 2^-b on Gaussian weights."""
+    x = gaussian(200, 1024, seed=3)
+    restored = peer_dequantise(name, quant.quantise(name, x)).reshape(x.shape)
+    rmse = float(np.sqrt(np.mean((restored.astype(np.float64) - x) ** 2)))
+    fmt = quant.FORMATS[name]
+    assert 2 ** (-8 * fmt.block_bytes / fmt.block_size) < rmse < 1.02 * plain_error(x, sub_block, levels, symmetric)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_the_error_follows_the_scale_of_the_weights(name: str) -> None:
+    """Scaling by a power of two changes nothing but exponents, as long as the fp16 scales stay normal."""
+    x = gaussian(8, 512, seed=5)
+    small = peer_dequantise(name, quant.quantise(name, x)).reshape(x.shape)
+    large = peer_dequantise(name, quant.quantise(name, x * 64)).reshape(x.shape)
+    error = [float(np.linalg.norm(small - x)), float(np.linalg.norm(large / 64 - x))]
+    assert error[1] == pytest.approx(error[0], rel=0.01)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_written_decodes_to_finite_values(name: str) -> None:
+    rng = np.random.default_rng(11)
+    tiny = gaussian(64, 512, 12) * np.exp2(rng.integers(-149, -20, (64, 1))).astype(np.float32)
+    mixed = gaussian(64, 512, 13) * np.exp2(rng.integers(-140, 12, (64, 512))).astype(np.float32)
+    x = np.concatenate([tiny, mixed, np.zeros((1, 512), np.float32)]).astype(np.float32)
+    assert np.isfinite(peer_dequantise(name, quant.quantise(name, x))).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_refused(name: str, bad: float) -> None:
+    x = gaussian(3, 512)
+    x[1, 300] = bad
+    with pytest.raises(InvalidArgument):
+        quant.quantise(name, x)
+
+
+@pytest.mark.parametrize("name", [f for f in FORMATS if f != "F32"])
+def test_a_weight_too_large_for_the_format_is_refused(name: str) -> None:
+    x = gaussian(2, 512)
+    x[1, 77] = 3.4e38  # a float, but past the largest bfloat16 and any fp16 scale
+    with pytest.raises(InvalidArgument):
+        quant.quantise(name, x)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_threads_do_not_change_a_byte(name: str) -> None:
+    x = assorted(37, 512)
+    assert np.array_equal(quant.quantise(name, x, threads=1), quant.quantise(name, x, threads=3))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_row_that_is_no_whole_number_of_blocks_is_refused(name: str) -> None:
+    with pytest.raises(InvalidArgument):
+        quant.quantise(name, gaussian(1, quant.FORMATS[name].block_size + 1))
