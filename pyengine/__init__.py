@@ -1,9 +1,9 @@
 """pyengine: a CPU inference engine for GGUF models.
 
-    >>> import pyengine
-    >>> model = pyengine.Model.open(pyengine.demo_model_path())
-    >>> session = model.session(n_ctx=512)
-    >>> logits = session.eval(model.tokenizer.encode("What is 2 + 3?"))
+>>> import pyengine
+>>> model = pyengine.Model.open(pyengine.demo_model_path())
+>>> session = model.session(n_ctx=512)
+>>> logits = session.eval(model.tokenizer.encode("What is 2 + 3?"))
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from pyengine.gguf_file import GgufFile, TensorInfo
 from pyengine.model import Model, Session
 
 if TYPE_CHECKING:
-    from pyengine.generate import Chat, End, Reasoning, Text, generate
+    from pyengine.generate import Chat, End, Reasoning, Text
     from pyengine.sampling import Sampler, SamplerSettings
     from pyengine.tokenizer import Tokenizer
 
 __version__: str = _core.version()
 
-# Importing these costs time that a program which only wants logits need not spend.
+# Importing these costs time that a program which only wants logits need not spend. The function generate() is not among
+# them: its module has the same name (from pyengine.generate import generate).
 _LAZY = {
     "Chat": "generate",
     "End": "generate",
     "Reasoning": "generate",
     "Text": "generate",
-    "generate": "generate",
     "Sampler": "sampling",
     "SamplerSettings": "sampling",
     "Tokenizer": "tokenizer",
@@ -73,16 +73,13 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "demo_model_path",
-    "generate",
     "numerics_epoch",
 ]
 
 
 def __getattr__(name: str) -> object:
     if name in _LAZY:
-        value = getattr(import_module(f"pyengine.{_LAZY[name]}"), name)
-        globals()[name] = value  # also replaces the submodule that the import bound under the same name
-        return value
+        return getattr(import_module(f"pyengine.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'pyengine' has no attribute {name!r}")
 
 

@@ -121,7 +121,9 @@ class Session:
         self.n_ctx = self._core.context()
         self.threads = self._core.threads()
 
-    def eval(self, tokens: Sequence[int] | npt.NDArray[np.integer], all_logits: bool = False) -> npt.NDArray[np.float32]:
+    def eval(
+        self, tokens: Sequence[int] | npt.NDArray[np.integer], all_logits: bool = False
+    ) -> npt.NDArray[np.float32]:
         """Evaluates tokens after those already held.
 
         Returns:
@@ -176,7 +178,9 @@ class Session:
         self.close()
 
 
-def _options(n_ctx: int, threads: int, threads_prefill: int, kv_type: KvType, chunk: int) -> tuple[int, int, int, int, int]:
+def _options(
+    n_ctx: int, threads: int, threads_prefill: int, kv_type: KvType, chunk: int
+) -> tuple[int, int, int, int, int]:
     if kv_type not in KV_TYPES:
         raise InvalidArgument(f"kv_type is {kv_type!r}; expected one of {', '.join(KV_TYPES)}", code="bad_option")
     values = {"n_ctx": n_ctx, "threads": threads, "threads_prefill": threads_prefill, "chunk": chunk}
@@ -189,7 +193,9 @@ def _options(n_ctx: int, threads: int, threads_prefill: int, kv_type: KvType, ch
 def _ids(tokens: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
     ids = np.asarray(tokens, dtype=None if len(tokens) else np.int32)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise InvalidArgument(f"tokens have shape {ids.shape}, type {ids.dtype}; expected integers [n]", code="bad_tokens")
+        raise InvalidArgument(
+            f"tokens have shape {ids.shape}, type {ids.dtype}; expected integers [n]", code="bad_tokens"
+        )
     if ids.dtype != np.int32:
         if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
             raise InvalidArgument("a token id is outside 0..2^31-1", code="bad_tokens")
