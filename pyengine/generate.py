@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from pyengine.chat import ChatTemplate, build_prompt
 from pyengine.errors import Cancelled, ContextFull, InvalidArgument
 from pyengine.reasoning import ReasoningSplitter, reasoning_profile
 from pyengine.sampling import Sampler, SampleResult, SamplerSettings
 
 if TYPE_CHECKING:
+    from pyengine.chat import ChatTemplate
     from pyengine.model import Model, Session
 
 THINK_CLOSE = "\n</think>\n\n"
@@ -463,8 +463,10 @@ class Chat:
         think_budget: int | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
     ) -> None:
+        from pyengine.chat import ChatTemplate  # here, because its imports cost programs without chats 0.1 s
+
         self.tokenizer = model.tokenizer
-        if not isinstance(template, ChatTemplate):
+        if template is None or isinstance(template, str):
             template = ChatTemplate.from_metadata(model.metadata, self.tokenizer, override=template)
         self.template = template
         if settings is None:
@@ -485,6 +487,8 @@ class Chat:
         Errors: ``InvalidArgument`` (nothing to send, not valid Unicode), ``ContextFull`` (the conversation does not
         fit), and those of :func:`generate`. None of them changes the conversation.
         """
+        from pyengine.chat import build_prompt
+
         if not text.strip():
             raise InvalidArgument("the message is empty", code="empty_prompt")
         user = {"role": "user", "content": text}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
-from pyengine.errors import ContextFull, EngineError
+from pyengine.errors import ContextFull, EngineError, InvalidArgument
 
 EXIT_OK = 0
 EXIT_ERROR = 1  # the file, the model, the machine
@@ -43,11 +43,13 @@ def run_command(name: str, command: Callable[[], int], *, debug: bool = False) -
     except ContextFull as error:
         return _fail(name, f"error: {error.message}", EXIT_CONTEXT, debug)
     except EngineError as error:
-        return _fail(name, f"error: {describe(error)}", EXIT_ERROR, debug)
+        code = EXIT_USAGE if isinstance(error, InvalidArgument) else EXIT_ERROR
+        return _fail(name, f"error: {describe(error)}", code, debug)
     except MemoryError:
         return _fail(name, "error: out of memory", EXIT_ERROR, debug)
     except OSError as error:
-        return _fail(name, f"error: {error}", EXIT_ERROR, debug)
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        return _fail(name, f"error: {what}", EXIT_ERROR, debug)
     except Exception as error:
         hint = "" if debug else "; --debug shows where"
         return _fail(name, f"internal error: {type(error).__name__}: {error}{hint}", EXIT_ERROR, debug)
@@ -56,7 +58,7 @@ def run_command(name: str, command: Callable[[], int], *, debug: bool = False) -
 def describe(error: EngineError) -> str:
     """The message, and where in the file when the message does not say so itself."""
     where = [error.field] if error.field and error.field not in error.message else []
-    if error.offset is not None:
+    if error.offset:  # 0 means the file as a whole
         where.append(f"byte {error.offset}")
     return error.message + (f" ({', '.join(where)})" if where else "")
 

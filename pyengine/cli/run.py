@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import select
 import stat
 import sys
 import time
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog=NAME,
+        usage=f"{NAME} [options] MODEL [PROMPT]   or   {NAME} [options] --demo [PROMPT]",
         description="Answers a prompt with a GGUF model, or chats when there is none. "
         "The answer goes to standard output, everything else to standard error.",
         epilog="Exit codes: 0 done, 1 model or machine, 2 usage, 3 context full, 130 interrupted.",
@@ -115,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
         for text in texts:
             if text is not None and not check_utf8(text, option):
                 raise UsageError(f"{option} is empty")
+    if args.raw and args.system is not None:
+        raise UsageError("--raw uses no template, so there is no place for --system")
     prompt = _prompt(args)
     if prompt is None and (args.json or args.raw):
         raise UsageError(f"{'--json' if args.json else '--raw'} needs a prompt: as an argument or piped in")
@@ -147,6 +151,7 @@ def _prompt(args: argparse.Namespace) -> str | None:
     if args.prompt == "-":
         args.prompt = None
     if not sys.stdin.isatty() and (args.prompt is None or _is_piped(sys.stdin.fileno())):
+        _tell_when_waiting(sys.stdin.fileno())
         piped = read_utf8(sys.stdin.buffer.read(), "standard input")
         if piped.strip() or args.prompt is None:
             parts.append(piped if args.raw and args.prompt is None else piped.strip("\r\n"))
@@ -155,6 +160,13 @@ def _prompt(args: argparse.Namespace) -> str | None:
     if parts and not "".join(parts).strip():
         raise UsageError("the prompt is empty")
     return "\n\n".join(parts) if parts else None
+
+
+def _tell_when_waiting(descriptor: int) -> None:
+    """A pipe that nobody writes to or closes looks like a hang otherwise."""
+    with contextlib.suppress(OSError, ValueError):  # Windows cannot wait for a pipe
+        if not select.select([descriptor], [], [], 2.0)[0]:
+            say(f"{NAME}: waiting for text on standard input ('< /dev/null' if there is none)")
 
 
 def _is_piped(descriptor: int) -> bool:
@@ -216,9 +228,9 @@ class _Runner:
         if self.args.verbose:
             self._explain()
         with self.session:
+            if self.no_template is not None and (prompt is None or self.args.system is not None):
+                raise self.no_template
             if prompt is None:
-                if self.no_template is not None:
-                    raise self.no_template
                 return self._converse(self._chat())
             if self.template is not None:
                 return self._one_shot(lambda: self._chat().send(prompt))
@@ -326,8 +338,8 @@ class _Runner:
         s = end.stats
         if end.reason == "context":
             say(
-                f"{NAME}: the context is full ({s.prompt_tokens} tokens of prompt + {s.generated_tokens} of answer, "
-                f"{s.context_size} in all): the answer is cut off. --ctx-size makes it larger"
+                f"{NAME}: the context of {s.context_size} tokens is full (prompt {s.prompt_tokens}, answer "
+                f"{s.generated_tokens}): the answer is cut off; --ctx-size makes it larger"
             )
         if self.args.verbose:
             say(

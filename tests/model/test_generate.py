@@ -6,13 +6,13 @@ commands' tests (tests/cli) run the same paths with a real model.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
+from pyengine import chat as chat_module
 from pyengine.chat import PromptIds
 from pyengine.errors import Cancelled, ContextFull, InvalidArgument, NumericError
 from pyengine.generate import Chat, End, Event, Reasoning, StopMatcher, Text, collect, generate
@@ -398,8 +398,6 @@ class Model:
 def chat(monkeypatch: pytest.MonkeyPatch) -> Chat:
     """A chat whose prompt is the contents, one after the other: user text ends with "?", answers with "."."""
 
-    module = sys.modules["pyengine.generate"]  # the package's attribute of that name is the function
-
     def build(template: object, tokenizer: Bytes, messages: list[dict[str, str]]) -> PromptIds:
         text = "".join(m["content"] for m in messages)
         return PromptIds(list(text.encode()), text, False)
@@ -410,8 +408,7 @@ def chat(monkeypatch: pytest.MonkeyPatch) -> Chat:
         done = said[said.rfind("?") + 1 :]
         return END if done == reply else ord(reply[len(done)])
 
-    monkeypatch.setattr(module, "build_prompt", build)
-    monkeypatch.setattr(module, "ChatTemplate", Template)
+    monkeypatch.setattr(chat_module, "build_prompt", build)
     session = Scripted(script, n_ctx=60)
     return Chat(Model(), system="S:", template=Template(), session=session, settings=GREEDY)  # type: ignore[arg-type]
 

@@ -1,0 +1,34 @@
+"""``pyengine-run`` with a model that takes its time: ``SLOW`` seconds a token, and for a prompt until it is cancelled.
+
+Waiting happens where the engine would compute: outside the main thread, deaf to signals, ended by ``cancel`` alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any
+
+from pyengine.cli.run import main
+from pyengine.model import Session
+
+_eval, _cancel = Session.eval, Session.cancel
+_cancelled = threading.Event()
+
+
+def slow_eval(self: Session, tokens: Any, all_logits: bool = False) -> Any:
+    stuck = len(tokens) > int(os.environ.get("STUCK_ABOVE", "1000"))
+    _cancelled.wait(60.0 if stuck else float(os.environ.get("SLOW", "0.04")))
+    _cancelled.clear()
+    return _eval(self, tokens, all_logits)
+
+
+def slow_cancel(self: Session) -> None:
+    _cancel(self)
+    _cancelled.set()
+
+
+Session.eval = slow_eval  # type: ignore[method-assign]
+Session.cancel = slow_cancel  # type: ignore[method-assign]
+sys.exit(main())
