@@ -28,7 +28,8 @@ Registers cpuid(uint32_t leaf, uint32_t sub_leaf) {
   __cpuid(v, 0);
   if (leaf > static_cast<uint32_t>(v[0])) return r;
   __cpuidex(v, static_cast<int>(leaf), static_cast<int>(sub_leaf));
-  r = {static_cast<uint32_t>(v[0]), static_cast<uint32_t>(v[1]), static_cast<uint32_t>(v[2]), static_cast<uint32_t>(v[3])};
+  r = {static_cast<uint32_t>(v[0]), static_cast<uint32_t>(v[1]), static_cast<uint32_t>(v[2]),
+       static_cast<uint32_t>(v[3])};
 #else
   __get_cpuid_count(leaf, sub_leaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
 #endif

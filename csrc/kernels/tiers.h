@@ -1,5 +1,5 @@
-// The entries of the tiers: each object in a tier's folder defines exactly one of these functions, and it overwrites its
-// part of the table. Only dispatch.cc calls them.
+// The entries of the tiers: each object in a tier's folder defines exactly one of these functions, and it overwrites
+// its part of the table. Only dispatch.cc calls them.
 #pragma once
 
 #include "kernels/kernels.h"

@@ -1,7 +1,7 @@
 // Tensor formats: what a block of each looks like in a GGUF file, and the table of their sizes.
 //
-// Blocks are packed, little-endian, without alignment. Kernels include this header, so it uses no STL and defines nothing
-// with external linkage. In the comments x[k] is weight k of the block and u its stored code.
+// Blocks are packed, little-endian, without alignment. Kernels include this header, so it uses no STL and defines
+// nothing with external linkage. In the comments x[k] is weight k of the block and u its stored code.
 #pragma once
 
 #include <stddef.h>
@@ -58,7 +58,8 @@ static constexpr size_t bytes_per_row(Format format, size_t cols) {
 
 #pragma pack(push, 1)
 
-// 32 weights. Code k of a nibble array: low half of qs[k] for k < 16, high half of qs[k - 16] otherwise. Bit k of qh: bit 4.
+// 32 weights. Code k of a nibble array: low half of qs[k] for k < 16, high half of qs[k - 16] otherwise. Bit k of qh:
+// bit 4.
 struct BlockQ4_0 {  // x = d (u - 8)
   uint16_t d;
   uint8_t qs[16];
@@ -92,10 +93,11 @@ struct BlockQ2_K {     // sub-blocks of 16: x = d sc u - dmin mn
   uint8_t qs[64];      // bits 2 s, 2 s + 1 of qs[32 h + i]: code 128 h + 32 s + i
   uint16_t d, dmin;
 };
-struct BlockQ3_K {     // sub-blocks of 16: x = d (sc - 32) (u - 4)
-  uint8_t hmask[32];   // bit b of hmask[i]: bit 2 of code 32 b + i
-  uint8_t qs[64];      // the low two bits, as in Q2_K
-  uint8_t scales[12];  // 6-bit sc: low nibbles in bytes 0-7 (j, j + 8), high pairs in bytes 8-11 (j % 4, shift 2 (j / 4))
+struct BlockQ3_K {    // sub-blocks of 16: x = d (sc - 32) (u - 4)
+  uint8_t hmask[32];  // bit b of hmask[i]: bit 2 of code 32 b + i
+  uint8_t qs[64];     // the low two bits, as in Q2_K
+  uint8_t
+      scales[12];  // 6-bit sc: low nibbles in bytes 0-7 (j, j + 8), high pairs in bytes 8-11 (j % 4, shift 2 (j / 4))
   uint16_t d;
 };
 struct BlockQ4_K {  // sub-blocks of 32: x = d sc u - dmin mn
@@ -109,13 +111,13 @@ struct BlockQ5_K {  // as Q4_K, with a fifth bit
   uint8_t qh[32];  // bit j of qh[i]: bit 4 of code 32 j + i
   uint8_t qs[128];
 };
-struct BlockQ6_K {    // sub-blocks of 16: x = d sc (u - 32)
-  uint8_t ql[128];    // ql[64 h + i]: low nibbles of codes 128 h + i (low half) and 128 h + 64 + i (high half)
-  uint8_t qh[64];     // bits 2 s, 2 s + 1 of qh[32 h + i]: bits 4, 5 of code 128 h + 32 s + i
+struct BlockQ6_K {  // sub-blocks of 16: x = d sc (u - 32)
+  uint8_t ql[128];  // ql[64 h + i]: low nibbles of codes 128 h + i (low half) and 128 h + 64 + i (high half)
+  uint8_t qh[64];   // bits 2 s, 2 s + 1 of qh[32 h + i]: bits 4, 5 of code 128 h + 32 s + i
   int8_t scales[16];
   uint16_t d;
 };
-struct BlockIQ4_XS {    // sub-blocks of 32: x = d (sc - 32) kIq4Values[u]
+struct BlockIQ4_XS {  // sub-blocks of 32: x = d (sc - 32) kIq4Values[u]
   uint16_t d;
   uint16_t scales_h;    // bits 2 j, 2 j + 1: bits 4, 5 of sc j
   uint8_t scales_l[4];  // low nibbles of sc 2 j (low half), 2 j + 1 (high half)

@@ -1,5 +1,5 @@
-// Half-precision and bfloat16 as bits, exact on every machine: no hardware conversion, no dependence on the floating-point
-// environment. Widening is exact; narrowing rounds to nearest, ties to even, and overflows to infinity.
+// Half-precision and bfloat16 as bits, exact on every machine: no hardware conversion, no dependence on the
+// floating-point environment. Widening is exact; narrowing rounds to nearest, ties to even, and overflows to infinity.
 // NaN: stays a NaN with its sign, becomes quiet, and keeps the payload bits that fit. Callers compare NaNs as equal.
 #pragma once
 

@@ -125,8 +125,8 @@ bool quantise(const float* x, BlockQ8_0* b) {
 
 // ---- scales by weighted least squares ----
 //
-// The weights are rounded with several trial scales; for the codes q that come out, the best scale has a closed form. The
-// trial with the least error sum of w (x - scale q)^2 wins. Sums are in double: squares of any float32 fit.
+// The weights are rounded with several trial scales; for the codes q that come out, the best scale has a closed form.
+// The trial with the least error sum of w (x - scale q)^2 wins. Sums are in double: squares of any float32 fit.
 
 // Codes kLow .. kHigh with evenly spaced values.
 template <int kLow, int kHigh>
@@ -208,8 +208,8 @@ Line fit_line(const float* x, int n, int top) {
       offset = 0;
       scale = wqx / wqq;
     }
-    const double error = wxx - 2 * scale * wqx - 2 * offset * wx + scale * scale * wqq + 2 * scale * offset * wq +
-                         offset * offset * w1;
+    const double error =
+        wxx - 2 * scale * wqx - 2 * offset * wx + scale * scale * wqq + 2 * scale * offset * wq + offset * offset * w1;
     if (scale > 0 && error < best) {
       best = error;
       line = {static_cast<float>(scale), static_cast<float>(-offset)};
@@ -424,16 +424,11 @@ size_t quantise_row(Format format, const float* x, size_t n, void* dst) {
     if (!is_finite(x[k])) return k;
   }
   switch (format) {
-    case Format::F32:
-      std::memcpy(dst, x, 4 * n);
-      return n;
-    case Format::F16:
-      return narrow(x, n, 0x7c00, dst, f32_to_f16);
-    case Format::BF16:
-      return narrow(x, n, 0x7f80, dst, f32_to_bf16);
+    case Format::F32: std::memcpy(dst, x, 4 * n); return n;
+    case Format::F16: return narrow(x, n, 0x7c00, dst, f32_to_f16);
+    case Format::BF16: return narrow(x, n, 0x7f80, dst, f32_to_bf16);
 #define PE_CASE(name) \
-  case Format::name:  \
-    return quantise_blocks<Block##name>(x, n, format_info(Format::name).block, dst)
+  case Format::name: return quantise_blocks<Block##name>(x, n, format_info(Format::name).block, dst)
       PE_CASE(Q4_0);
       PE_CASE(Q4_1);
       PE_CASE(Q5_0);
@@ -447,8 +442,7 @@ size_t quantise_row(Format format, const float* x, size_t n, void* dst) {
       PE_CASE(Q6_K);
       PE_CASE(IQ4_XS);
 #undef PE_CASE
-    case Format::kCount:
-      break;
+    case Format::kCount: break;
   }
   return 0;
 }

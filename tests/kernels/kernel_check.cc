@@ -5,7 +5,8 @@
 //
 // Weights and activations end at an unmapped page, so that a read past the end is a crash. Weights are ordinary ones,
 // random bytes (scales that are NaN, infinite, denormal), and blocks with every code at its extreme; activations are
-// ordinary, +-127 in all the patterns that drive integer sums to their bounds, and blocks with NaN, infinity, denormals.
+// ordinary, +-127 in all the patterns that drive integer sums to their bounds, and blocks with NaN, infinity,
+// denormals.
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
@@ -215,9 +216,7 @@ void check_shape(Rng& rng, Tier tier, Format format, size_t shape, Report* repor
 
 // ---- speed ----
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Time this thread has run: unlike seconds() it is not lengthened by other programs on the same core.
 double cpu_seconds() {
@@ -302,8 +301,8 @@ void bench(Tier tier, Format format, size_t threads) {
       }
     });
     const double macs = static_cast<double>(rows) * static_cast<double>(cols) * static_cast<double>(tokens);
-    std::printf("%-12s %4zu tokens  %8.2f GB/s  %8.2f GMAC/s  %6.2f MAC/cycle/core\n", name(tier, format).c_str(), tokens,
-                static_cast<double>(rows * row_bytes) / time * 1e-9, macs / time * 1e-9,
+    std::printf("%-12s %4zu tokens  %8.2f GB/s  %8.2f GMAC/s  %6.2f MAC/cycle/core\n", name(tier, format).c_str(),
+                tokens, static_cast<double>(rows * row_bytes) / time * 1e-9, macs / time * 1e-9,
                 macs / time / hz / static_cast<double>(threads));
     std::fflush(stdout);
   }

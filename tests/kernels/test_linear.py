@@ -116,8 +116,8 @@ def test_float_linear_is_float64_up_to_float32_sums(tier: str, name: str, cols: 
 
 
 def fma(a: Floats, b: Floats, c: Floats) -> Floats:
-    """a * b + c with one rounding. The product is exact in float64; the sum is rounded to odd there, which keeps what the
-    second rounding has to know."""
+    """a * b + c with one rounding. The product is exact in float64; the sum is rounded to odd there, which keeps what
+    the second rounding has to know."""
     product = a.astype(np.float64) * b.astype(np.float64)
     wide = c.astype(np.float64)
     total = product + wide

@@ -109,10 +109,8 @@ def test_simple_quantisers_write_the_bytes_of_the_gguf_package(name: str) -> Non
 def plain_error(x: Floats, sub_block: int, levels: int, symmetric: bool) -> float:
     """RMSE of rounding to `levels` evenly spaced values per sub-block, scales kept exactly: step / sqrt(12)."""
     parts = x.reshape(-1, sub_block)
-    if symmetric:  # -levels / 2 .. levels / 2 - 1
-        step = np.abs(parts).max(1) / (levels / 2)
-    else:
-        step = (parts.max(1) - parts.min(1)) / (levels - 1)
+    symmetric_step = np.abs(parts).max(1) / (levels / 2)  # codes -levels / 2 .. levels / 2 - 1
+    step = symmetric_step if symmetric else (parts.max(1) - parts.min(1)) / (levels - 1)
     return float(np.sqrt(np.mean(step**2) / 12))
 
 
@@ -124,8 +122,8 @@ def plain_error(x: Floats, sub_block: int, levels: int, symmetric: bool) -> floa
 def test_fitted_quantisers_lose_no_more_than_plain_rounding(
     name: str, sub_block: int, levels: int, symmetric: bool
 ) -> None:
-    """True RMSE, as the gguf package reads the file. Rounded scales cost a little, fitting them gains more; no code of b
-    bits a weight can have an error below 2^-b on Gaussian weights."""
+    """True RMSE, as the gguf package reads the file. Rounded scales cost a little, fitting them gains more; no code of
+    b bits a weight can have an error below 2^-b on Gaussian weights."""
     x = gaussian(200, 1024, seed=3)
     restored = peer_dequantise(name, quant.quantise(name, x)).reshape(x.shape)
     rmse = float(np.sqrt(np.mean((restored.astype(np.float64) - x) ** 2)))

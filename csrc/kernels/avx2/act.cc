@@ -48,7 +48,8 @@ void quantise_act(const float* x, size_t n, void* row) {
       const __m256 a = _mm256_and_ps(_mm256_loadu_ps(from + k), magnitude);
       top = _mm256_max_epi32(top, _mm256_castps_si256(a));
     }
-    const bool finite = _mm256_testz_si256(_mm256_cmpgt_epi32(top, _mm256_set1_epi32(0x7f7fffff)), _mm256_set1_epi32(-1));
+    const bool finite =
+        _mm256_testz_si256(_mm256_cmpgt_epi32(top, _mm256_set1_epi32(0x7f7fffff)), _mm256_set1_epi32(-1));
     const float amax = finite ? max8(_mm256_castsi256_ps(top)) : 0;
     const float inv = 127 / amax;
     if (!is_finite(inv)) {

@@ -14,9 +14,7 @@ struct F32 {
 };
 struct F16 {
   static constexpr size_t kBytes = 2;
-  static __m256 load(const uint8_t* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
+  static __m256 load(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 };
 struct BF16 {
   static constexpr size_t kBytes = 2;

@@ -25,12 +25,10 @@ inline void scales_k4(const uint8_t* const row[8], size_t at, ScalesK4* out) {
   __m256i v[4];
   transpose16(row, at, v);
   const __m256i six = _mm256_set1_epi8(63), two = _mm256_set1_epi8(0x30);
-  const __m256i scale[2] = {
-      _mm256_and_si256(v[1], six),
-      _mm256_or_si256(low_nibbles(v[3]), _mm256_and_si256(_mm256_srli_epi16(v[1], 2), two))};
-  const __m256i min[2] = {
-      _mm256_and_si256(v[2], six),
-      _mm256_or_si256(high_nibbles(v[3]), _mm256_and_si256(_mm256_srli_epi16(v[2], 2), two))};
+  const __m256i scale[2] = {_mm256_and_si256(v[1], six),
+                            _mm256_or_si256(low_nibbles(v[3]), _mm256_and_si256(_mm256_srli_epi16(v[1], 2), two))};
+  const __m256i min[2] = {_mm256_and_si256(v[2], six),
+                          _mm256_or_si256(high_nibbles(v[3]), _mm256_and_si256(_mm256_srli_epi16(v[2], 2), two))};
   for (int j = 0; j < 8; ++j) out->scale[j] = byte_pair(scale[j / 4], j % 4, j % 4);
   for (int j = 0; j < 4; ++j) out->min[j] = byte_pair(min[j / 2], 2 * j % 4, 2 * j % 4 + 1);
   // Halves of the first dwords: 8 x (d, dmin) -> 8 d, 8 dmin.
@@ -44,7 +42,8 @@ inline void scales_k4(const uint8_t* const row[8], size_t at, ScalesK4* out) {
 // Sums of 16 consecutive activations, in order, of one block.
 inline __m256i sums16(const int16_t* sum) {
   const __m256i ones = _mm256_set1_epi16(1);
-  const __m256i packed = _mm256_packs_epi32(_mm256_madd_epi16(load(sum), ones), _mm256_madd_epi16(load(sum + 16), ones));
+  const __m256i packed =
+      _mm256_packs_epi32(_mm256_madd_epi16(load(sum), ones), _mm256_madd_epi16(load(sum + 16), ones));
   return _mm256_permute4x64_epi64(packed, 0xd8);
 }
 
@@ -155,8 +154,10 @@ struct Q4_K {
           const __m256i packed = load(rows[r] + at + offsetof(Block, qs) + 32 * static_cast<size_t>(c));
           const __m256i low = _mm256_maddubs_epi16(low_nibbles(packed), load(x.q[0] + 256 * b + 64 * c));
           const __m256i high = _mm256_maddubs_epi16(high_nibbles(packed), load(x.q[0] + 256 * b + 64 * c + 32));
-          whole = _mm256_add_epi32(whole, _mm256_madd_epi16(low, broadcast32(reinterpret_cast<int32_t*>(&s.scale[2 * c]) + r)));
-          whole = _mm256_add_epi32(whole, _mm256_madd_epi16(high, broadcast32(reinterpret_cast<int32_t*>(&s.scale[2 * c + 1]) + r)));
+          whole = _mm256_add_epi32(
+              whole, _mm256_madd_epi16(low, broadcast32(reinterpret_cast<int32_t*>(&s.scale[2 * c]) + r)));
+          whole = _mm256_add_epi32(
+              whole, _mm256_madd_epi16(high, broadcast32(reinterpret_cast<int32_t*>(&s.scale[2 * c + 1]) + r)));
         }
         v[r] = whole;
       }
@@ -171,7 +172,8 @@ struct Q4_K {
 // Bit `from` of every byte, moved to bit 4.
 template <int kFrom>
 inline __m256i fifth_bit(__m256i v) {
-  const __m256i moved = kFrom > 4 ? _mm256_srli_epi16(v, kFrom > 4 ? kFrom - 4 : 0) : _mm256_slli_epi16(v, kFrom > 4 ? 0 : 4 - kFrom);
+  const __m256i moved =
+      kFrom > 4 ? _mm256_srli_epi16(v, kFrom > 4 ? kFrom - 4 : 0) : _mm256_slli_epi16(v, kFrom > 4 ? 0 : 4 - kFrom);
   return _mm256_and_si256(moved, _mm256_set1_epi8(16));
 }
 
@@ -223,8 +225,9 @@ struct Q5_K {
     const __m256i b = _mm256_or_si256(high_nibbles(packed), fifth_bit<2 * kC + 1>(high));
     const __m256i x = _mm256_maddubs_epi16(a, load(q + 64 * kC));
     const __m256i y = _mm256_maddubs_epi16(b, load(q + 64 * kC + 32));
-    return _mm256_add_epi32(_mm256_madd_epi16(x, broadcast32(reinterpret_cast<const int32_t*>(&s.scale[2 * kC]) + r)),
-                            _mm256_madd_epi16(y, broadcast32(reinterpret_cast<const int32_t*>(&s.scale[2 * kC + 1]) + r)));
+    return _mm256_add_epi32(
+        _mm256_madd_epi16(x, broadcast32(reinterpret_cast<const int32_t*>(&s.scale[2 * kC]) + r)),
+        _mm256_madd_epi16(y, broadcast32(reinterpret_cast<const int32_t*>(&s.scale[2 * kC + 1]) + r)));
   }
 
   static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
@@ -241,9 +244,8 @@ struct Q5_K {
         prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));
         const uint8_t* block = rows[r] + at;
         const __m256i high = load(block + offsetof(Block, qh));
-        v[r] = _mm256_add_epi32(
-            _mm256_add_epi32(dot_pair<0>(block, high, q, s, r), dot_pair<1>(block, high, q, s, r)),
-            _mm256_add_epi32(dot_pair<2>(block, high, q, s, r), dot_pair<3>(block, high, q, s, r)));
+        v[r] = _mm256_add_epi32(_mm256_add_epi32(dot_pair<0>(block, high, q, s, r), dot_pair<1>(block, high, q, s, r)),
+                                _mm256_add_epi32(dot_pair<2>(block, high, q, s, r), dot_pair<3>(block, high, q, s, r)));
       }
       const __m256 a = _mm256_set1_ps(x.scale[0][b]);
       acc = add_term(acc, s.d, a, fold8(v));
@@ -275,11 +277,12 @@ struct Q6_K {
         panel->scale[j][half] = _mm256_srai_epi16(_mm256_slli_epi16(unsigned_pair, 8), 8);
       }
       panel->d[half] = load_f16(row, at + offsetof(Block, d));
-      for (int h = 0; h < 2; ++h) {         // 128 codes
+      for (int h = 0; h < 2; ++h) {             // 128 codes
         for (int part = 0; part < 2; ++part) {  // 16 bytes of qh: codes 32 s + 16 part .. of each s = 0 .. 3
           __m256i high[4], first_low[4], second_low[4];
           const size_t ql = at + offsetof(Block, ql) + 64 * static_cast<size_t>(h) + 16 * static_cast<size_t>(part);
-          transpose16(row, at + offsetof(Block, qh) + 32 * static_cast<size_t>(h) + 16 * static_cast<size_t>(part), high);
+          transpose16(row, at + offsetof(Block, qh) + 32 * static_cast<size_t>(h) + 16 * static_cast<size_t>(part),
+                      high);
           transpose16(row, ql, first_low);
           transpose16(row, ql + 32, second_low);
           for (int s = 0; s < 4; ++s) {

@@ -80,7 +80,8 @@ struct Q4_0 {
       const __m256i a = _mm256_madd_epi16(_mm256_packs_epi32(v[0], v[1]), ones);
       const __m256i c = _mm256_madd_epi16(_mm256_packs_epi32(v[2], v[3]), ones);
       const __m256i dot = _mm256_madd_epi16(_mm256_packs_epi32(a, c), ones);
-      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]), _mm256_sub_epi32(dot, offset(x.sum[0] + 4 * b)));
+      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]),
+                     _mm256_sub_epi32(dot, offset(x.sum[0] + 4 * b)));
     }
     return acc;
   }
@@ -94,8 +95,8 @@ struct Q4_0 {
   }
 };
 
-// A code of Q8_0 is 16 h + l - 128 with nibbles h, l. Pairs of whole bytes would saturate vpmaddubsw, so the two planes of
-// nibbles are multiplied one after the other: h as in Q4_0 (16 (h - 8) is the code less l), l without an offset.
+// A code of Q8_0 is 16 h + l - 128 with nibbles h, l. Pairs of whole bytes would saturate vpmaddubsw, so the two planes
+// of nibbles are multiplied one after the other: h as in Q4_0 (16 (h - 8) is the code less l), l without an offset.
 struct Q8_0 {
   using Block = BlockQ8_0;
   static constexpr size_t kBlock = 32;

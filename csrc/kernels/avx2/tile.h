@@ -1,15 +1,16 @@
-// What the AVX2 linear kernels share: a panel of 16 rows laid out by columns, products chained in int16, the loops around.
+// What the AVX2 linear kernels share: a panel of 16 rows laid out by columns, products chained in int16, the loops
+// around.
 //
-// Many tokens. Weights are decoded 16 rows x 256 columns at a time into a panel in the first-level cache, and every token
-// of a batch is multiplied with it before the next is decoded. A step of the panel is 4 columns: 64 bytes, row r's four
-// unsigned codes at 4 r. Three tokens are multiplied at once:
+// Many tokens. Weights are decoded 16 rows x 256 columns at a time into a panel in the first-level cache, and every
+// token of a batch is multiplied with it before the next is decoded. A step of the panel is 4 columns: 64 bytes, row
+// r's four unsigned codes at 4 r. Three tokens are multiplied at once:
 //
 //   registers   2 panel halves (rows 0-7, 8-15), 1 broadcast of a token's 4 int8, 1 product, 6 int16 sums = 10;
 //               the other 6 hold what outlives a sub-block (int32 or float sums)
 //   per step    2 + 3 loads, 6 vpmaddubsw, 6 vpaddw for 192 products
 //
-// int16 lane 2 r of a sum belongs to row r and columns 0, 1 of each step, lane 2 r + 1 to columns 2, 3. Additions wrap, so
-// only the end of a chain has to fit. The bounds are stated where a chain ends.
+// int16 lane 2 r of a sum belongs to row r and columns 0, 1 of each step, lane 2 r + 1 to columns 2, 3. Additions wrap,
+// so only the end of a chain has to fit. The bounds are stated where a chain ends.
 //
 // One token. Eight rows run side by side, codes in the order of the file; sums are folded across lanes once per 8 rows.
 #pragma once
@@ -37,8 +38,8 @@ inline __m256i broadcast32(const void* p) {
 inline __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 
-// A value the compiler must have in a register here. Without it all products of a chain are computed first, as additions
-// may be reordered, and spilled.
+// A value the compiler must have in a register here. Without it all products of a chain are computed first, as
+// additions may be reordered, and spilled.
 inline void pin(__m256i& v) {
 #if defined(__GNUC__)
   __asm__ volatile("" : "+x"(v));
@@ -109,9 +110,9 @@ inline __m256 subtract_term(__m256 acc, __m256 d, __m256 a, __m256i i) {
   return _mm256_fnmadd_ps(_mm256_mul_ps(d, a), _mm256_cvtepi32_ps(i), acc);
 }
 
-// Asks for `bytes` bytes from p on, into the second-level cache. Eight rows are eight streams, too short for the hardware
-// to catch on before they end, so each group of rows fetches the next, in the order of the file. p may lie past the end of
-// the matrix: a prefetch reads nothing.
+// Asks for `bytes` bytes from p on, into the second-level cache. Eight rows are eight streams, too short for the
+// hardware to catch on before they end, so each group of rows fetches the next, in the order of the file. p may lie
+// past the end of the matrix: a prefetch reads nothing.
 inline void prefetch(const uint8_t* p, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
 }
