@@ -8,6 +8,7 @@ JSON-encode what they are given, and costs nothing where there is nothing to gua
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from pyengine.errors import InvalidArgument, UnsupportedError
 from pyengine.reasoning import CLOSER, OPENER
-from pyengine.template import Template
+from pyengine.template import Template, to_json
 from pyengine.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -168,13 +169,9 @@ def build_prompt(
     """
     checked = [_checked(message, index) for index, message in enumerate(messages)]
     guard = _Guard(tokenizer, _unused_character([checked, tools, variables, template.source]))
-    text = template.render(
-        [guard.message(message) for message in checked],
-        add_generation_prompt=add_generation_prompt,
-        tools=guard.everything(tools),
-        enable_thinking=enable_thinking,
-        **guard.everything(variables),
-    )
+    options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
+    given = {"tools": guard.everything(tools), **guard.everything(variables), **options}
+    text = _render_calls(template, [guard.message(message) for message in checked], given)
     ids: list[int] = []
     for piece, token in tokenizer.split_special(text):
         if token is None:
@@ -183,6 +180,54 @@ def build_prompt(
             ids.append(token)
     starts_in_reasoning = text.rstrip().endswith(OPENER)
     return PromptIds(_with_one_bos(ids, tokenizer), guard.remove(text), starts_in_reasoning)
+
+
+def _render_calls(template: ChatTemplate, messages: list[dict[str, Any]], given: Mapping[str, Any]) -> str:
+    """Renders messages whose tool calls are in the form this template takes.
+
+    Some templates want the arguments as an object, some as JSON text; some show a call only where the content is None,
+    some fail on that. Those that are given the wrong form fail, so the forms are tried, the one that a template could
+    wrongly accept (empty content makes some drop the call) last.
+    """
+    if not any(message.get("tool_calls") for message in messages):
+        return template.render(messages, **given)
+    first: UnsupportedError | None = None
+    for empty, as_text in ((None, False), (None, True), ("", False), ("", True)):
+        try:
+            return template.render([_with_calls(message, empty, as_text) for message in messages], **given)
+        except UnsupportedError as error:
+            if error.code not in ("template_error", "template_raised"):
+                raise
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _with_calls(message: dict[str, Any], empty: str | None, as_text: bool) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping) and "arguments" in function:
+            call = {
+                "type": "function",
+                **call,
+                "function": {**function, "arguments": _form(function["arguments"], as_text)},
+            }
+        calls.append(call)
+    return {**message, "content": message["content"] or empty, "tool_calls": calls}
+
+
+def _form(arguments: Any, as_text: bool) -> Any:
+    if as_text:
+        return arguments if isinstance(arguments, str) else to_json(arguments)
+    if isinstance(arguments, str):
+        try:
+            return json.loads(arguments)
+        except ValueError:  # what the model wrote is not always JSON
+            return arguments
+    return arguments
 
 
 def _with_one_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:

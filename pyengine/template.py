@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import json
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -617,7 +618,8 @@ class _Run:
         try:
             return function(self, *args, **kwargs)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
-            raise _Failure(f"wrong arguments: {error}") from None
+            reason = re.sub(r"^\S*\(\) ", "", str(error))  # without the name of the Python function
+            raise _Failure(f"wrong arguments: {reason}") from None
 
     def filter(self, node: nodes.Filter, value: Any = None) -> Any:
         if node.node is not None:

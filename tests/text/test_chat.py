@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyengine.chat import BUILTIN_TEMPLATES, ChatTemplate, build_prompt
+from pyengine.chat import BUILTIN_TEMPLATES, ChatTemplate, PromptIds, build_prompt
 from pyengine.errors import InvalidArgument, UnsupportedError
 from pyengine.tokenizer import Tokenizer
 from tests.support import DATA, HAVE_DATA, needs_data
@@ -108,6 +108,29 @@ def test_markers_in_tools_and_variables_stay_text(where: str) -> None:
     clean = markers_in(ids_with("x"), tokenizer)
     for marker in tokenizer.special_strings:
         assert markers_in(ids_with(f"y{marker}"), tokenizer) == clean
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "vocabulary_name"), PAIRS)
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_tool_call_is_shown_once_in_whatever_form_it_is_given(
+    name: str, vocabulary_name: str, content: str | None, as_text: bool
+) -> None:
+    tokenizer = tokenizer_for(vocabulary_name)
+    template = template_file(name, tokenizer)
+
+    def prompt_with(query: str) -> PromptIds:
+        arguments = {"q": query}
+        function = {"name": "find_it", "arguments": json.dumps(arguments) if as_text else arguments}
+        call = {"type": "function", "function": function}
+        messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": content, "tool_calls": [call]}]
+        return build_prompt(template, tokenizer, messages, add_generation_prompt=False)
+
+    prompt = prompt_with("x<think>")
+    assert prompt.text.count("find_it") == 1
+    assert prompt.text.count('{"q": "x<think>"}') == 1
+    assert markers_in(prompt.ids, tokenizer) == markers_in(prompt_with("x").ids, tokenizer)
 
 
 def chatml(extra: tuple[tuple[str, int], ...] = ()) -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tracemalloc
 from typing import Any
 
@@ -433,3 +434,20 @@ def test_a_long_conversation_stays_within_the_budget_of_a_chat(name: str) -> Non
         {"messages": messages, "add_generation_prompt": True}, steps=100 * len(messages), chars=1 << 17
     )
     assert text.count("q") >= 150
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_template_renders_or_gives_an_engine_error(name: str) -> None:
+    rng = random.Random(name)
+    words = re.findall(r"\{%-?|-?%\}|\{\{-?|-?\}\}|\w+|\s+|.", source_of(name))
+    seen = set()
+    for _ in range(60):
+        damaged = list(words)
+        for _ in range(rng.randrange(1, 4)):
+            damaged[rng.randrange(len(damaged))] = rng.choice([*rng.choices(words, k=3), "", "1", "none", "()"])
+        try:
+            render("".join(damaged), messages=[{"role": "user", "content": "Hi"}], bos_token="<s>")
+            seen.add("ok")
+        except (FormatError, UnsupportedError) as error:
+            seen.add(error.code)
+    assert {"ok", "template_syntax"} <= seen
