@@ -27,14 +27,10 @@ float to_float(const Value& value) {
 
 bool is_kind(ValueType type, ElementKind kind) {
   switch (kind) {
-    case ElementKind::kFloat:
-      return type == ValueType::kFloat32 || type == ValueType::kFloat64;
-    case ElementKind::kBool:
-      return type == ValueType::kBool;
-    case ElementKind::kString:
-      return type == ValueType::kString;
-    case ElementKind::kInteger:
-      break;
+    case ElementKind::kFloat: return type == ValueType::kFloat32 || type == ValueType::kFloat64;
+    case ElementKind::kBool: return type == ValueType::kBool;
+    case ElementKind::kString: return type == ValueType::kString;
+    case ElementKind::kInteger: break;
   }
   return type != ValueType::kFloat32 && type != ValueType::kFloat64 && type != ValueType::kBool &&
          type != ValueType::kString && type != ValueType::kArray;

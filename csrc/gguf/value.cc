@@ -64,24 +64,15 @@ void fail_value(const Value& value, const char* code, const std::string& message
 
 uint64_t integer_at(const Value& value, uint64_t i, uint64_t min, uint64_t max) {
   switch (value.element_type) {
-    case ValueType::kUint8:
-      return in_range(value, load<uint8_t>(value, i), min, max);
-    case ValueType::kUint16:
-      return in_range(value, load<uint16_t>(value, i), min, max);
-    case ValueType::kUint32:
-      return in_range(value, load<uint32_t>(value, i), min, max);
-    case ValueType::kUint64:
-      return in_range(value, load<uint64_t>(value, i), min, max);
-    case ValueType::kInt8:
-      return in_range_signed(value, load<int8_t>(value, i), min, max);
-    case ValueType::kInt16:
-      return in_range_signed(value, load<int16_t>(value, i), min, max);
-    case ValueType::kInt32:
-      return in_range_signed(value, load<int32_t>(value, i), min, max);
-    case ValueType::kInt64:
-      return in_range_signed(value, load<int64_t>(value, i), min, max);
-    default:
-      fail_type(value, value.type == ValueType::kArray ? "an array of integers" : "an integer");
+    case ValueType::kUint8: return in_range(value, load<uint8_t>(value, i), min, max);
+    case ValueType::kUint16: return in_range(value, load<uint16_t>(value, i), min, max);
+    case ValueType::kUint32: return in_range(value, load<uint32_t>(value, i), min, max);
+    case ValueType::kUint64: return in_range(value, load<uint64_t>(value, i), min, max);
+    case ValueType::kInt8: return in_range_signed(value, load<int8_t>(value, i), min, max);
+    case ValueType::kInt16: return in_range_signed(value, load<int16_t>(value, i), min, max);
+    case ValueType::kInt32: return in_range_signed(value, load<int32_t>(value, i), min, max);
+    case ValueType::kInt64: return in_range_signed(value, load<int64_t>(value, i), min, max);
+    default: fail_type(value, value.type == ValueType::kArray ? "an array of integers" : "an integer");
   }
 }
 
