@@ -1,9 +1,9 @@
 """Load, prefill and decode beside llama.cpp on the same file, interleaved, each engine in a process of its own.
 
-    python benchmarks/vs_llama_cpp.py MODEL.gguf [--prompt 512] [--decode 32] [--threads 2] [--rounds 3] [--peer-python PYTHON]
+    python benchmarks/vs_llama_cpp.py MODEL.gguf [--prompt 512] [--decode 32] [--threads 2] [--rounds 3]
 
-Every round runs both engines one after the other; the figures are medians over the rounds, the ratio is the median of the
-rounds' ratios. Peak anonymous memory is RssAnon plus swap of the process, sampled at the end of each phase.
+Every round runs both engines one after the other; the figures are medians over the rounds, the ratio is the median of
+the rounds' ratios. Peak anonymous memory is RssAnon plus swap of the process, sampled at the end of each phase.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ def main() -> None:
         return statistics.median(r[name][figure] for r in rounds)
 
     table = {name: {figure: median(name, figure) for figure in rounds[0][name]} for name in engines}
-    best = max(list(engines)[1:], key=lambda name: table[name]["prefill"])
     ratios = {
         figure: statistics.median(r["pyengine"][figure] / max(r[p][figure] for p in list(engines)[1:]) for r in rounds)
         for figure in ("prefill", "decode")
@@ -101,12 +100,14 @@ def main() -> None:
     if args.json:
         print(json.dumps({"medians": table, "ratios": ratios, "rounds": rounds}))
         return
-    print(f"{Path(path).name}, prompt {args.prompt}, {args.decode} decoded, {args.threads} threads, {args.rounds} rounds")
+    print(
+        f"{Path(path).name}, prompt {args.prompt}, {args.decode} decoded, {args.threads} threads, {args.rounds} rounds"
+    )
     print("| engine | load s | prefill tokens/s | decode tokens/s | anonymous memory GiB |\n|---|---|---|---|---|")
     for name, row in table.items():
-        cells = [f"{row['load']:.2f}", f"{row['prefill']:.2f}", f"{row['decode']:.2f}", f"{row['anonymous'] / 2**30:.2f}"]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print(f"\nratio to llama.cpp's best: prefill {ratios['prefill']:.2f}, decode {ratios['decode']:.2f} (prefill's best: {best})")
+        speed = f"{row['load']:.2f} | {row['prefill']:.2f} | {row['decode']:.2f}"
+        print(f"| {name} | {speed} | {row['anonymous'] / 2**30:.2f} |")
+    print(f"\nratio to llama.cpp's best: prefill {ratios['prefill']:.2f}, decode {ratios['decode']:.2f}")
 
 
 if __name__ == "__main__":

@@ -470,7 +470,8 @@ class Chat:
             template = ChatTemplate.from_metadata(model.metadata, self.tokenizer, override=template)
         self.template = template
         if settings is None:
-            settings = SamplerSettings(**reasoning_profile(model.metadata, template.source).sampling)  # type: ignore[arg-type]
+            profile = reasoning_profile(model.metadata, template.source)
+            settings = SamplerSettings(**profile.sampling)  # type: ignore[arg-type]
         self.settings = settings
         self.max_tokens = max_tokens
         self.stop = stop

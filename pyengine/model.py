@@ -142,7 +142,7 @@ class Session:
     @property
     def tokens(self) -> list[int]:
         """The ids held, in order."""
-        return self._core.tokens().tolist()
+        return [int(i) for i in self._core.tokens()]
 
     def truncate(self, n: int) -> None:
         """Forgets everything after the first ``n`` tokens."""

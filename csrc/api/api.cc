@@ -28,7 +28,8 @@ struct pe_session {
 
 namespace {
 
-static_assert(static_cast<int>(gguf::Load::kMap) == PE_LOAD_MMAP && static_cast<int>(gguf::Load::kCopy) == PE_LOAD_COPY &&
+static_assert(static_cast<int>(gguf::Load::kMap) == PE_LOAD_MMAP &&
+              static_cast<int>(gguf::Load::kCopy) == PE_LOAD_COPY &&
               static_cast<int>(gguf::Load::kHeader) == PE_LOAD_HEADER);
 static_assert(static_cast<int>(gguf::ValueType::kUint8) == PE_UINT8 &&
               static_cast<int>(gguf::ValueType::kArray) == PE_ARRAY &&
@@ -189,7 +190,8 @@ void pe_model_close(pe_model* model) { delete model; }
 pe_status pe_model_get_info(const pe_model* model, pe_model_info* out) {
   return guarded([&] {
     const uint32_t size = not_null(out, "out").struct_size;
-    if (size < sizeof out->struct_size || size > 4096) bad_argument("out.struct_size", "is not set: call pe_model_info_init");
+    if (size < sizeof out->struct_size || size > 4096)
+      bad_argument("out.struct_size", "is not set: call pe_model_info_init");
     const Model& m = *not_null(model, "model").model;
     const ModelConfig& c = m.config();
     pe_model_info info{.struct_size = size,
@@ -249,7 +251,8 @@ pe_status pe_session_eval(pe_session* session, const int32_t* tokens, size_t n, 
     if (want != PE_LOGITS_NONE) {
       not_null(logits, "logits");
       const size_t rows = want == PE_LOGITS_ALL ? n : 1;
-      if (logits_count / s.model().config().n_vocab < rows) bad_argument("logits_count", "is too small for the asked rows");
+      if (logits_count / s.model().config().n_vocab < rows)
+        bad_argument("logits_count", "is too small for the asked rows");
     }
     s.eval(tokens, n, static_cast<Want>(want), logits);
   });

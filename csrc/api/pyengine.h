@@ -62,58 +62,58 @@ typedef enum pe_status {
 
 typedef struct pe_error {
   pe_status status;
-  const char *code;    /* stable identifier, e.g. "bad_magic", "tensor_past_end" */
+  const char* code;    /* stable identifier, e.g. "bad_magic", "tensor_past_end" */
   uint64_t offset;     /* byte offset in the file, or UINT64_MAX where none applies */
-  const char *field;   /* what was being read, e.g. "llama.block_count"; "" where none applies */
-  const char *message; /* one sentence a person can act on; safe to print (no control characters) */
+  const char* field;   /* what was being read, e.g. "llama.block_count"; "" where none applies */
+  const char* message; /* one sentence a person can act on; safe to print (no control characters) */
 } pe_error;
 
 /* The last failure on this thread. Never NULL; status PE_OK before the first failure.
  * Valid until the next failing call on the same thread. */
-const pe_error *pe_last_error(void);
+const pe_error* pe_last_error(void);
 
 /* ---------------------------------------------------------------- the library */
 
 /* Version of the library, e.g. "0.1.0". */
-const char *pe_version(void);
+const char* pe_version(void);
 
 /* Bits of the logits can change between releases only when this number does (docs/numerics.md). */
 uint32_t pe_numerics_epoch(void);
 
 /* Instruction-set tiers compiled into this library, from "scalar" (index 0) upwards. NULL past the end. */
-const char *pe_tier_name(size_t index);
+const char* pe_tier_name(size_t index);
 /* 1 when this processor and operating system can run the tier, 0 when not or when the index is past the end. */
 int pe_tier_available(size_t index);
 /* The tier in use: the best available one, or the one named by the environment variable PYENGINE_ISA.
  * PE_E_CPU when that variable names a tier that is unknown or absent. `out` receives a static string. */
-pe_status pe_tier_active(const char **out);
+pe_status pe_tier_active(const char** out);
 
 /* ---------------------------------------------------------------- tensor formats */
 
 typedef struct pe_format {
   int32_t type;         /* the GGUF tensor type id */
-  const char *name;     /* "F32", "Q4_K", ... */
+  const char* name;     /* "F32", "Q4_K", ... */
   uint32_t block_size;  /* weights in a block; a row holds whole blocks */
   uint32_t block_bytes; /* bytes of a block */
   int32_t can_quantise; /* 1 when pe_quantise_rows writes this format */
 } pe_format;
 
 /* The formats this build reads, in the order of their type ids. PE_E_ARGUMENT past the end. */
-pe_status pe_format_at(size_t index, pe_format *out);
+pe_status pe_format_at(size_t index, pe_format* out);
 
 /* rows x cols values: `src` packed blocks -> `dst` float32 [rows][cols]. cols: a multiple of the block size.
  * src_size and dst_count (floats) are checked against the shape. PE_E_ARGUMENT, PE_E_UNSUPPORTED. */
-pe_status pe_dequantise_rows(int32_t type, const void *src, size_t src_size, size_t rows, size_t cols, float *dst,
+pe_status pe_dequantise_rows(int32_t type, const void* src, size_t src_size, size_t rows, size_t cols, float* dst,
                              size_t dst_count);
 
 /* The reverse, rounding as docs/numerics.md says. `n_threads` 0 means 1. PE_E_ARGUMENT, PE_E_UNSUPPORTED. */
-pe_status pe_quantise_rows(int32_t type, const float *src, size_t src_count, size_t rows, size_t cols, void *dst,
+pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, size_t rows, size_t cols, void* dst,
                            size_t dst_size, uint32_t n_threads);
 
 /* y [n_tokens][rows] = x [n_tokens][cols] * W^T with one tier's kernels: the engine's own linear operation, for tests
  * and benchmarks. W is rows x cols in format `type`. PE_E_ARGUMENT, PE_E_UNSUPPORTED, PE_E_CPU, PE_E_MEMORY. */
-pe_status pe_linear(const char *tier, int32_t type, const void *w, size_t w_size, size_t rows, size_t cols, const float *x,
-                    size_t n_tokens, float *y);
+pe_status pe_linear(const char* tier, int32_t type, const void* w, size_t w_size, size_t rows, size_t cols,
+                    const float* x, size_t n_tokens, float* y);
 
 /* ---------------------------------------------------------------- GGUF files */
 
@@ -142,47 +142,47 @@ typedef enum pe_value_type {
  *   array of scalars: `count` packed elements of element_type
  *   array of strings: `count` times (uint64 length, bytes), `size` bytes together; already checked */
 typedef struct pe_value {
-  const char *key;
+  const char* key;
   pe_value_type type;
   pe_value_type element_type; /* of an array; equals `type` otherwise */
   uint64_t count;
   uint64_t size;
-  const void *data;
+  const void* data;
 } pe_value;
 
 /* One tensor. dims[0] is the length of a row (fastest-moving), as GGUF counts. */
 typedef struct pe_tensor {
-  const char *name;
+  const char* name;
   int32_t type;
   uint32_t n_dims;
   uint64_t dims[4]; /* 1 past n_dims */
   uint64_t offset;  /* of the data, from the start of its file */
   uint64_t size;    /* bytes */
   uint32_t part;    /* which file of a split model, from 0 */
-  const void *data; /* the mapped (or copied) bytes; NULL when the file was opened with PE_LOAD_HEADER */
+  const void* data; /* the mapped (or copied) bytes; NULL when the file was opened with PE_LOAD_HEADER */
 } pe_tensor;
 
 typedef enum pe_load {
-  PE_LOAD_MMAP = 0,  /* map the file: instant, shared between processes. If something else truncates the file while it is
+  PE_LOAD_MMAP = 0, /* map the file: instant, shared between processes. If something else truncates the file while it is
                         in use, the process gets SIGBUS, as with any mapping */
-  PE_LOAD_COPY = 1,  /* read everything into private memory: immune to changes of the file */
+  PE_LOAD_COPY = 1, /* read everything into private memory: immune to changes of the file */
   PE_LOAD_HEADER = 2 /* metadata and tensor table only, no tensor data */
 } pe_load;
 
 /* Opens and checks a whole GGUF file (v2 or v3, little-endian); for the first part of a split model
  * (-00001-of-0000N) all parts. PE_E_IO, PE_E_FORMAT, PE_E_UNSUPPORTED, PE_E_MEMORY. */
-pe_status pe_file_open(const char *path, pe_load load, pe_file **out);
-void pe_file_close(pe_file *file);
+pe_status pe_file_open(const char* path, pe_load load, pe_file** out);
+void pe_file_close(pe_file* file);
 
-uint32_t pe_file_version(const pe_file *file);
-uint64_t pe_file_value_count(const pe_file *file);
-uint64_t pe_file_tensor_count(const pe_file *file);
+uint32_t pe_file_version(const pe_file* file);
+uint64_t pe_file_value_count(const pe_file* file);
+uint64_t pe_file_tensor_count(const pe_file* file);
 /* By position; PE_E_ARGUMENT past the end. */
-pe_status pe_file_value_at(const pe_file *file, uint64_t index, pe_value *out);
-pe_status pe_file_tensor_at(const pe_file *file, uint64_t index, pe_tensor *out);
+pe_status pe_file_value_at(const pe_file* file, uint64_t index, pe_value* out);
+pe_status pe_file_tensor_at(const pe_file* file, uint64_t index, pe_tensor* out);
 /* By name; PE_E_ARGUMENT with code "not_found" when absent. */
-pe_status pe_file_value(const pe_file *file, const char *key, pe_value *out);
-pe_status pe_file_tensor(const pe_file *file, const char *name, pe_tensor *out);
+pe_status pe_file_value(const pe_file* file, const char* key, pe_value* out);
+pe_status pe_file_tensor(const pe_file* file, const char* name, pe_tensor* out);
 
 /* ---------------------------------------------------------------- models */
 
@@ -193,13 +193,13 @@ typedef struct pe_model_options {
   pe_load load;          /* PE_LOAD_MMAP (default) or PE_LOAD_COPY */
   float rope_attn_scale; /* > 0 overrides the attention scale of YaRN; 0 (default): from the file */
   /* Called on the opening thread with 0..1; a non-zero return stops with PE_E_CANCELLED. NULL (default): none. */
-  int32_t (*progress)(void *user, float fraction);
-  void *user;
+  int32_t (*progress)(void* user, float fraction);
+  void* user;
 } pe_model_options;
 
 typedef struct pe_model_info {
   uint32_t struct_size;
-  const char *architecture; /* "llama", "qwen2", "qwen3" */
+  const char* architecture; /* "llama", "qwen2", "qwen3" */
   uint32_t n_vocab;         /* columns of the logits */
   uint32_t n_ctx_train;     /* context the model was made for */
   uint32_t n_layers;
@@ -211,20 +211,20 @@ typedef struct pe_model_info {
   uint32_t n_ff;
   uint64_t n_params;
   uint64_t weight_bytes;
-  const char *notes; /* lines a careful user should know (e.g. an assumed rope scale); "" when there are none */
+  const char* notes; /* lines a careful user should know (e.g. an assumed rope scale); "" when there are none */
 } pe_model_info;
 
-void pe_model_options_init(pe_model_options *options);
-void pe_model_info_init(pe_model_info *info);
+void pe_model_options_init(pe_model_options* options);
+void pe_model_info_init(pe_model_info* info);
 
-/* Opens a model for running: the file's checks, then the architecture's schema: every key, every tensor's shape and type.
- * `options` may be NULL. PE_E_IO, PE_E_FORMAT, PE_E_UNSUPPORTED, PE_E_MEMORY, PE_E_CANCELLED, PE_E_CPU. */
-pe_status pe_model_open(const char *path, const pe_model_options *options, pe_model **out);
+/* Opens a model for running: the file's checks, then the architecture's schema (every key, every tensor's shape and
+ * type). `options` may be NULL. PE_E_IO, PE_E_FORMAT, PE_E_UNSUPPORTED, PE_E_MEMORY, PE_E_CANCELLED, PE_E_CPU. */
+pe_status pe_model_open(const char* path, const pe_model_options* options, pe_model** out);
 /* Sessions keep the model alive: closing first is safe, the memory goes with the last session. */
-void pe_model_close(pe_model *model);
-pe_status pe_model_get_info(const pe_model *model, pe_model_info *out);
+void pe_model_close(pe_model* model);
+pe_status pe_model_get_info(const pe_model* model, pe_model_info* out);
 /* The file behind the model, for its metadata. Dies with the model: do not close it. */
-const pe_file *pe_model_file(const pe_model *model);
+const pe_file* pe_model_file(const pe_model* model);
 
 /* ---------------------------------------------------------------- sessions */
 
@@ -245,43 +245,43 @@ typedef enum pe_logits {
   PE_LOGITS_ALL = 2   /* one row per token */
 } pe_logits;
 
-void pe_session_options_init(pe_session_options *options);
+void pe_session_options_init(pe_session_options* options);
 
 /* Memory a session with these options will allocate, in bytes: exact, computed by the code that allocates. */
-pe_status pe_session_bytes(const pe_model *model, const pe_session_options *options, uint64_t *kv_bytes,
-                           uint64_t *scratch_bytes);
+pe_status pe_session_bytes(const pe_model* model, const pe_session_options* options, uint64_t* kv_bytes,
+                           uint64_t* scratch_bytes);
 
 /* `options` may be NULL. PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type), PE_E_MEMORY. */
-pe_status pe_session_create(pe_model *model, const pe_session_options *options, pe_session **out);
+pe_status pe_session_create(pe_model* model, const pe_session_options* options, pe_session** out);
 /* Must not be called while an eval of the same session is running in another thread. */
-void pe_session_free(pe_session *session);
+void pe_session_free(pe_session* session);
 
 /* Evaluates n tokens after those already in the session and writes the asked rows, n_vocab floats each, to `logits`
  * (NULL with PE_LOGITS_NONE). `logits_count` is the number of floats there is room for.
  * The logits depend on the file and the ids alone: not on threads, chunks, earlier truncations or the processor.
- * Failure keeps the session usable: pe_session_length says how many tokens it holds (a cancelled or failed eval keeps the
- * whole chunks that were finished).
+ * Failure keeps the session usable: pe_session_length says how many tokens it holds (a cancelled eval keeps the whole
+ * chunks that were finished, any other failure none of its tokens).
  * PE_E_ARGUMENT, PE_E_CONTEXT_FULL (nothing evaluated), PE_E_CANCELLED, PE_E_NUMERIC. */
-pe_status pe_session_eval(pe_session *session, const int32_t *tokens, size_t n, pe_logits want, float *logits,
+pe_status pe_session_eval(pe_session* session, const int32_t* tokens, size_t n, pe_logits want, float* logits,
                           size_t logits_count);
 
 /* Tokens in the session, and their ids (valid until the next call that changes the session). */
-size_t pe_session_length(const pe_session *session);
-const int32_t *pe_session_tokens(const pe_session *session);
-uint32_t pe_session_context(const pe_session *session);
-uint32_t pe_session_threads(const pe_session *session);
+size_t pe_session_length(const pe_session* session);
+const int32_t* pe_session_tokens(const pe_session* session);
+uint32_t pe_session_context(const pe_session* session);
+uint32_t pe_session_threads(const pe_session* session);
 
 /* Forgets everything after the first n tokens. PE_E_ARGUMENT when the session holds fewer. */
-pe_status pe_session_truncate(pe_session *session, size_t n);
+pe_status pe_session_truncate(pe_session* session, size_t n);
 
-/* Prepares for a prompt: keeps the longest common beginning of the session's tokens and `tokens` (at most n - 1, so that
- * evaluating the rest gives logits), forgets the rest, reports how many are kept. PE_E_ARGUMENT for n = 0. */
-pe_status pe_session_reuse(pe_session *session, const int32_t *tokens, size_t n, size_t *kept);
+/* Prepares for a prompt: keeps the longest common beginning of the session's tokens and `tokens` (at most n - 1, so
+ * that evaluating the rest gives logits), forgets the rest, reports how many are kept. PE_E_ARGUMENT for n = 0. */
+pe_status pe_session_reuse(pe_session* session, const int32_t* tokens, size_t n, size_t* kept);
 
 /* Any thread: makes the running eval, or when none runs the next one, return PE_E_CANCELLED within 250 ms. That return
  * consumes the request; pe_session_clear_cancel takes back one that no eval has met. NULL is ignored. */
-void pe_session_cancel(pe_session *session);
-void pe_session_clear_cancel(pe_session *session);
+void pe_session_cancel(pe_session* session);
+void pe_session_clear_cancel(pe_session* session);
 
 #ifdef __cplusplus
 }

@@ -30,8 +30,8 @@ Format format_of(int32_t type) {
   Format format;
   if (!format_from_type(type, &format))
     throw Error(Status::kUnsupported, "unsupported_tensor_type",
-                "tensor type " + gguf::type_name(static_cast<uint32_t>(type)) + " is not supported; known: " +
-                    gguf::runnable_types());
+                "tensor type " + gguf::type_name(static_cast<uint32_t>(type)) +
+                    " is not supported; known: " + gguf::runnable_types());
   return format;
 }
 
@@ -47,8 +47,9 @@ size_t row_bytes_of(Format format, size_t rows, size_t cols, size_t packed_bytes
   uint64_t values = 0;
   if (!checked_mul(row, rows, &bytes) || !checked_mul(rows, cols, &values) || bytes != packed_bytes ||
       (count_matters && values != count))
-    throw Error(Status::kArgument, "bad_shape",
-                "the buffers do not fit a " + std::to_string(rows) + " x " + std::to_string(cols) + " matrix of " + info.name);
+    throw Error(
+        Status::kArgument, "bad_shape",
+        "the buffers do not fit a " + std::to_string(rows) + " x " + std::to_string(cols) + " matrix of " + info.name);
   return row;
 }
 
@@ -57,7 +58,8 @@ Tier tier_of(const char* name) {
     const Tier tier = static_cast<Tier>(i);
     if (std::strcmp(tier_name(tier), name) != 0) continue;
     if (!tier_available(tier))
-      throw Error(Status::kCpu, "tier_unavailable", std::string("this processor or build lacks the tier ") + name, "tier");
+      throw Error(Status::kCpu, "tier_unavailable", std::string("this processor or build lacks the tier ") + name,
+                  "tier");
     return tier;
   }
   throw Error(Status::kArgument, "unknown_tier", "unknown instruction-set tier \"" + printable(name) + "\"", "tier");
@@ -78,7 +80,8 @@ pe_status pe_tier_active(const char** out) {
     const char* wanted = nullptr;
     if (!kernels_active(&tier, &wanted))
       throw Error(Status::kCpu, "tier_unavailable",
-                  "PYENGINE_ISA asks for \"" + printable(wanted) + "\", which this processor or build lacks", "PYENGINE_ISA");
+                  "PYENGINE_ISA asks for \"" + printable(wanted) + "\", which this processor or build lacks",
+                  "PYENGINE_ISA");
     *out = tier_name(tier);
   });
 }
@@ -130,13 +133,14 @@ pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, siz
     ThreadPool(static_cast<int>(n_team)).run(static_cast<int>(n_team), quantise);
     if (bad.load() != UINT64_MAX)
       throw Error(Status::kArgument, "not_storable",
-                  "the value in row " + std::to_string(bad.load() / cols) + ", column " + std::to_string(bad.load() % cols) +
-                      " is NaN, infinite or too large for " + format_info(format).name);
+                  "the value in row " + std::to_string(bad.load() / cols) + ", column " +
+                      std::to_string(bad.load() % cols) + " is NaN, infinite or too large for " +
+                      format_info(format).name);
   });
 }
 
-pe_status pe_linear(const char* tier, int32_t type, const void* w, size_t w_size, size_t rows, size_t cols, const float* x,
-                    size_t n_tokens, float* y) {
+pe_status pe_linear(const char* tier, int32_t type, const void* w, size_t w_size, size_t rows, size_t cols,
+                    const float* x, size_t n_tokens, float* y) {
   return guarded([&] {
     const FpEnv fp_env;
     const KernelTable& kernels = *kernels_for(tier_of(&not_null(tier, "tier")));

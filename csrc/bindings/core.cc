@@ -22,7 +22,7 @@ using IdArray = py::array_t<int32_t, py::array::c_style>;
 
 // Raises the exception for this thread's last error. Needs the GIL.
 [[noreturn]] void raise_last() {
-  const pe_error *e = pe_last_error();
+  const pe_error* e = pe_last_error();
   py::module_::import("pyengine.errors")
       .attr("raise_error")(static_cast<int>(e->status), e->code, e->offset, py::str(e->field), py::str(e->message));
   throw std::runtime_error("raise_error returned");
@@ -32,20 +32,20 @@ void check(pe_status status) {
   if (status != PE_OK) raise_last();
 }
 
-[[noreturn]] void raise_closed(const char *what) {
+[[noreturn]] void raise_closed(const char* what) {
   py::module_::import("pyengine.errors")
       .attr("raise_error")(static_cast<int>(PE_E_ARGUMENT), "closed", UINT64_MAX, "",
                            std::string("this ") + what + " is closed");
   throw std::runtime_error("raise_error returned");
 }
 
-template <typename T, void (*Free)(T *)>
+template <typename T, void (*Free)(T*)>
 struct Handle {
-  explicit Handle(T *raw) : raw(raw) {}
-  Handle(const Handle &) = delete;
-  Handle &operator=(const Handle &) = delete;
+  explicit Handle(T* raw) : raw(raw) {}
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
   ~Handle() { Free(raw); }
-  T *raw;
+  T* raw;
 };
 using FileHandle = Handle<pe_file, pe_file_close>;
 using ModelHandle = Handle<pe_model, pe_model_close>;
@@ -54,26 +54,26 @@ using SessionHandle = Handle<pe_session, pe_session_free>;
 // ---- metadata ----
 
 template <typename T>
-T load(const void *p) {
+T load(const void* p) {
   T v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 template <typename T>
-py::object numbers(const pe_value &v, bool array) {
+py::object numbers(const pe_value& v, bool array) {
   if (!array) return py::cast(load<T>(v.data));
   py::array_t<T> out(static_cast<py::ssize_t>(v.count));
   if (v.count) std::memcpy(out.mutable_data(), v.data, v.count * sizeof(T));
   return out;
 }
 
-py::object string_array(const pe_value &v) {
+py::object string_array(const pe_value& v) {
   py::list out(static_cast<py::ssize_t>(v.count));
-  const char *p = static_cast<const char *>(v.data);
+  const char* p = static_cast<const char*>(v.data);
   for (uint64_t i = 0; i < v.count; ++i) {
     const auto n = load<uint64_t>(p);
-    PyObject *s = PyUnicode_DecodeUTF8(p + 8, static_cast<py::ssize_t>(n), "strict");
+    PyObject* s = PyUnicode_DecodeUTF8(p + 8, static_cast<py::ssize_t>(n), "strict");
     if (!s) throw py::error_already_set();
     PyList_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(i), s);
     p += 8 + n;
@@ -81,7 +81,7 @@ py::object string_array(const pe_value &v) {
   return out;
 }
 
-py::object value_object(const pe_value &v) {
+py::object value_object(const pe_value& v) {
   const bool array = v.type == PE_ARRAY;
   switch (array ? v.element_type : v.type) {
     case PE_UINT8: return numbers<uint8_t>(v, array);
@@ -97,7 +97,7 @@ py::object value_object(const pe_value &v) {
     case PE_BOOL: return numbers<bool>(v, array);
     case PE_STRING:
       if (array) return string_array(v);
-      return py::str(static_cast<const char *>(v.data), v.size);
+      return py::str(static_cast<const char*>(v.data), v.size);
     default: throw std::runtime_error("unknown metadata type");
   }
 }
@@ -105,8 +105,8 @@ py::object value_object(const pe_value &v) {
 // A GGUF file, its own or the one behind a model (then `owner` keeps the model alive).
 class File {
  public:
-  static File open(const std::string &path, int load) {
-    pe_file *raw = nullptr;
+  static File open(const std::string& path, int load) {
+    pe_file* raw = nullptr;
     pe_status status;
     {
       py::gil_scoped_release unlocked;
@@ -116,7 +116,7 @@ class File {
     auto handle = std::make_shared<FileHandle>(raw);
     return File(handle, raw);
   }
-  File(std::shared_ptr<void> owner, const pe_file *raw) : owner_(std::move(owner)), raw_(raw) {}
+  File(std::shared_ptr<void> owner, const pe_file* raw) : owner_(std::move(owner)), raw_(raw) {}
 
   void close() { owner_.reset(), raw_ = nullptr; }
   uint32_t version() const { return pe_file_version(raw()); }
@@ -130,7 +130,7 @@ class File {
     }
     return out;
   }
-  py::object value(const std::string &key) const {
+  py::object value(const std::string& key) const {
     pe_value v;
     check(pe_file_value(raw(), key.c_str(), &v));
     return value_object(v);
@@ -147,24 +147,24 @@ class File {
     return out;
   }
   // The packed bytes as a read-only uint8 array that keeps the file open.
-  py::object data(const std::string &name) const {
+  py::object data(const std::string& name) const {
     pe_tensor t;
     check(pe_file_tensor(raw(), name.c_str(), &t));
     if (!t.data) return py::none();
-    auto *keep = new std::shared_ptr<void>(owner_);
-    py::capsule base(keep, [](void *p) { delete static_cast<std::shared_ptr<void> *>(p); });
-    py::array_t<uint8_t> view(static_cast<py::ssize_t>(t.size), static_cast<const uint8_t *>(t.data), base);
+    auto* keep = new std::shared_ptr<void>(owner_);
+    py::capsule base(keep, [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); });
+    py::array_t<uint8_t> view(static_cast<py::ssize_t>(t.size), static_cast<const uint8_t*>(t.data), base);
     view.attr("setflags")(py::arg("write") = false);
     return view;
   }
 
  private:
-  const pe_file *raw() const {
+  const pe_file* raw() const {
     if (!raw_) raise_closed("file");
     return raw_;
   }
   std::shared_ptr<void> owner_;
-  const pe_file *raw_;
+  const pe_file* raw_;
 };
 
 // ---- model and session ----
@@ -174,12 +174,12 @@ struct Progress {
   py::object call;
   std::optional<py::error_already_set> error;
 
-  static int32_t hook(void *self, float fraction) {
-    auto *p = static_cast<Progress *>(self);
+  static int32_t hook(void* self, float fraction) {
+    auto* p = static_cast<Progress*>(self);
     py::gil_scoped_acquire locked;
     try {
       return p->call(fraction).is(py::bool_(false)) ? 1 : 0;  // False cancels, None goes on
-    } catch (py::error_already_set &e) {
+    } catch (py::error_already_set& e) {
       p->error.emplace(std::move(e));
       return 1;
     }
@@ -190,7 +190,7 @@ class Session;
 
 class Model {
  public:
-  static Model open(const std::string &path, int load, float rope_attn_scale, const py::object &progress) {
+  static Model open(const std::string& path, int load, float rope_attn_scale, const py::object& progress) {
     pe_model_options options;
     pe_model_options_init(&options);
     options.load = static_cast<pe_load>(load);
@@ -200,7 +200,7 @@ class Model {
       options.progress = Progress::hook;
       options.user = &carrier;
     }
-    pe_model *raw = nullptr;
+    pe_model* raw = nullptr;
     pe_status status;
     {
       py::gil_scoped_release unlocked;
@@ -216,7 +216,7 @@ class Model {
     return m;
   }
   void close() { handle_.reset(); }
-  const std::shared_ptr<ModelHandle> &handle() const {
+  const std::shared_ptr<ModelHandle>& handle() const {
     if (!handle_) raise_closed("model");
     return handle_;
   }
@@ -259,14 +259,14 @@ pe_session_options session_options(uint32_t n_ctx, uint32_t threads, uint32_t pr
 
 class Session {
  public:
-  Session(const Model &model, uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv, uint32_t chunk)
+  Session(const Model& model, uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv, uint32_t chunk)
       : model_(model.handle()) {
     pe_model_info info;
     pe_model_info_init(&info);
     check(pe_model_get_info(model_->raw, &info));
     n_vocab_ = info.n_vocab;
     const pe_session_options o = session_options(n_ctx, threads, prefill, kv, chunk);
-    pe_session *raw = nullptr;
+    pe_session* raw = nullptr;
     pe_status status;
     {
       py::gil_scoped_release unlocked;
@@ -283,14 +283,14 @@ class Session {
     py::gil_scoped_release unlocked;
     last.reset();
   }
-  py::array_t<float> eval(const IdArray &tokens, int want) {
+  py::array_t<float> eval(const IdArray& tokens, int want) {
     const std::shared_ptr<SessionHandle> keep = handle();
     const auto n = static_cast<size_t>(tokens.size());
     const size_t rows = want == PE_LOGITS_NONE ? 0 : want == PE_LOGITS_ALL ? n : 1;
     py::array_t<float> out({static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(n_vocab_)});
     // A private copy: another Python thread could resize or write the caller's array while the GIL is released.
     const std::vector<int32_t> ids(tokens.data(), tokens.data() + n);
-    float *logits = rows ? out.mutable_data() : nullptr;
+    float* logits = rows ? out.mutable_data() : nullptr;
     pe_status status;
     {
       py::gil_scoped_release unlocked;
@@ -306,7 +306,7 @@ class Session {
     return py::array_t<int32_t>(static_cast<py::ssize_t>(length()), pe_session_tokens(handle()->raw));
   }
   void truncate(size_t n) { check(pe_session_truncate(handle()->raw, n)); }
-  size_t reuse(const IdArray &tokens) {
+  size_t reuse(const IdArray& tokens) {
     size_t kept = 0;
     check(pe_session_reuse(handle()->raw, tokens.data(), static_cast<size_t>(tokens.size()), &kept));
     return kept;
@@ -317,7 +317,7 @@ class Session {
   void clear_cancel() { pe_session_clear_cancel(handle()->raw); }
 
  private:
-  const std::shared_ptr<SessionHandle> &handle() const {
+  const std::shared_ptr<SessionHandle>& handle() const {
     if (!handle_) raise_closed("session");
     return handle_;
   }
@@ -326,7 +326,8 @@ class Session {
   size_t n_vocab_ = 0;
 };
 
-py::tuple session_bytes(const Model &model, uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv, uint32_t chunk) {
+py::tuple session_bytes(const Model& model, uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv,
+                        uint32_t chunk) {
   const pe_session_options o = session_options(n_ctx, threads, prefill, kv, chunk);
   uint64_t kv_bytes = 0;
   uint64_t scratch = 0;
@@ -346,9 +347,9 @@ py::list formats() {
 
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
-FloatArray dequantise(int type, const Bytes &src, size_t rows, size_t cols) {
+FloatArray dequantise(int type, const Bytes& src, size_t rows, size_t cols) {
   FloatArray out({rows, cols});
-  float *dst = out.mutable_data();
+  float* dst = out.mutable_data();
   pe_status status;
   {
     py::gil_scoped_release unlocked;
@@ -358,11 +359,11 @@ FloatArray dequantise(int type, const Bytes &src, size_t rows, size_t cols) {
   return out;
 }
 
-Bytes quantise(int type, const FloatArray &src, size_t row_bytes, uint32_t threads) {
+Bytes quantise(int type, const FloatArray& src, size_t row_bytes, uint32_t threads) {
   const auto rows = static_cast<size_t>(src.shape(0));
   const auto cols = static_cast<size_t>(src.shape(1));
   Bytes out({rows, row_bytes});
-  uint8_t *dst = out.mutable_data();
+  uint8_t* dst = out.mutable_data();
   pe_status status;
   {
     py::gil_scoped_release unlocked;
@@ -372,10 +373,10 @@ Bytes quantise(int type, const FloatArray &src, size_t row_bytes, uint32_t threa
   return out;
 }
 
-FloatArray linear(const std::string &tier, int type, const Bytes &w, size_t rows, size_t cols, const FloatArray &x) {
+FloatArray linear(const std::string& tier, int type, const Bytes& w, size_t rows, size_t cols, const FloatArray& x) {
   const auto tokens = static_cast<size_t>(x.shape(0));
   FloatArray out({tokens, rows});
-  float *y = out.mutable_data();
+  float* y = out.mutable_data();
   pe_status status;
   {
     py::gil_scoped_release unlocked;
@@ -387,13 +388,13 @@ FloatArray linear(const std::string &tier, int type, const Bytes &w, size_t rows
 
 py::list tiers() {
   py::list out;
-  for (size_t i = 0; const char *name = pe_tier_name(i); ++i)
+  for (size_t i = 0; const char* name = pe_tier_name(i); ++i)
     if (pe_tier_available(i)) out.append(py::str(name));
   return out;
 }
 
 std::string tier_active() {
-  const char *name = nullptr;
+  const char* name = nullptr;
   check(pe_tier_active(&name));
   return name;
 }
@@ -409,7 +410,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("formats", &formats);
   m.def("dequantise", &dequantise, py::arg("type"), py::arg("src"), py::arg("rows"), py::arg("cols"));
   m.def("quantise", &quantise, py::arg("type"), py::arg("src"), py::arg("row_bytes"), py::arg("threads"));
-  m.def("linear", &linear, py::arg("tier"), py::arg("type"), py::arg("w"), py::arg("rows"), py::arg("cols"), py::arg("x"));
+  m.def("linear", &linear, py::arg("tier"), py::arg("type"), py::arg("w"), py::arg("rows"), py::arg("cols"),
+        py::arg("x"));
   m.def("session_bytes", &session_bytes, py::arg("model"), py::arg("n_ctx"), py::arg("threads"),
         py::arg("threads_prefill"), py::arg("kv_type"), py::arg("chunk"));
 
@@ -423,13 +425,14 @@ PYBIND11_MODULE(_core, m) {
       .def("data", &File::data, py::arg("name"));
 
   py::class_<Model>(m, "Model")
-      .def_static("open", &Model::open, py::arg("path"), py::arg("load"), py::arg("rope_attn_scale"), py::arg("progress"))
+      .def_static("open", &Model::open, py::arg("path"), py::arg("load"), py::arg("rope_attn_scale"),
+                  py::arg("progress"))
       .def("close", &Model::close)
       .def("file", &Model::file)
       .def("info", &Model::info);
 
   py::class_<Session>(m, "Session")
-      .def(py::init<const Model &, uint32_t, uint32_t, uint32_t, int, uint32_t>(), py::arg("model"), py::arg("n_ctx"),
+      .def(py::init<const Model&, uint32_t, uint32_t, uint32_t, int, uint32_t>(), py::arg("model"), py::arg("n_ctx"),
            py::arg("threads"), py::arg("threads_prefill"), py::arg("kv_type"), py::arg("chunk"))
       .def("close", &Session::close)
       .def("eval", &Session::eval, py::arg("tokens"), py::arg("want"))

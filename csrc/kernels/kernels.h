@@ -3,8 +3,8 @@
 // The functions in scalar/ are the specification. Another tier is correct when every byte it writes equals theirs (any
 // NaN equals any NaN). docs/numerics.md holds the argument, this header the contract.
 //
-// Kernels start no threads, allocate nothing, throw nothing, use no STL. All pointers are to disjoint memory unless said
-// otherwise. Rows of weights are as they lie in the file: no alignment beyond 1 byte may be assumed for them (F32 rows
+// Kernels start no threads, allocate nothing, throw nothing, use no STL. All pointers are to disjoint memory unless
+// said otherwise. Rows of weights are as they lie in the file: no alignment beyond 1 byte may be assumed for them (F32 rows
 // included), and no byte past the last row may be read. Activations and outputs are aligned to 4 bytes.
 //
 // Arithmetic all tiers share
@@ -69,20 +69,20 @@ static inline ActLayout act_layout(Act act, size_t n) {
 // The answer for (t, r) never depends on which other rows or tokens are computed in the same call.
 
 struct LinearArgs {
-  const void* w;      // first row
-  size_t w_stride;    // bytes from row to row
-  size_t rows;        // >= 1
-  size_t cols;        // a multiple of the format's block
-  const void* x;      // first activation row (layout above, of the format's Act)
-  size_t x_stride;    // bytes from token to token, a multiple of 64
-  size_t tokens;      // >= 1
-  float* y;           // y[t * y_stride + r]
-  size_t y_stride;    // floats from token to token
+  const void* w;    // first row
+  size_t w_stride;  // bytes from row to row
+  size_t rows;      // >= 1
+  size_t cols;      // a multiple of the format's block
+  const void* x;    // first activation row (layout above, of the format's Act)
+  size_t x_stride;  // bytes from token to token, a multiple of 64
+  size_t tokens;    // >= 1
+  float* y;         // y[t * y_stride + r]
+  size_t y_stride;  // floats from token to token
 };
 using LinearFn = void (*)(const LinearArgs&);
 
-using QuantiseActFn = void (*)(const float* x, size_t n, void* row);     // Act::F32: a plain copy
-using DequantiseFn = void (*)(const void* src, size_t n, float* dst);    // one row, n a multiple of the block
+using QuantiseActFn = void (*)(const float* x, size_t n, void* row);   // Act::F32: a plain copy
+using DequantiseFn = void (*)(const void* src, size_t n, float* dst);  // one row, n a multiple of the block
 
 // ---- the rest of a decoder block ----
 
@@ -100,9 +100,10 @@ struct RopeArgs {
 };
 using RopeFn = void (*)(const RopeArgs&);
 
-using AddFn = void (*)(const float* a, const float* b, size_t n, float* y);             // y = a + b; y may be a or b
-using SiluMulFn = void (*)(const float* gate, const float* up, size_t n, float* y);     // y = gate / (1 + exp(-gate)) * up; y may alias
-using ExpFn = void (*)(const float* x, size_t n, float* y);                             // the engine's own exp, see scalar/ops.cc
+using AddFn = void (*)(const float* a, const float* b, size_t n, float* y);  // y = a + b; y may be a or b
+using SiluMulFn = void (*)(const float* gate, const float* up, size_t n,
+                           float* y);                        // y = gate / (1 + exp(-gate)) * up; y may alias
+using ExpFn = void (*)(const float* x, size_t n, float* y);  // the engine's own exp, see scalar/ops.cc
 
 // KV cache element types.
 enum class Kv : int { F16, F32 };
@@ -117,11 +118,11 @@ using StoreKvFn = void (*)(const float* x, size_t n, void* dst);  // F16: rounde
 // through its own p); a maximum of zero is +0.
 inline constexpr size_t kAttnChunk = 256;  // positions; chunks are aligned to absolute positions
 struct AttnArgs {
-  const float* q;          // [heads][q_stride], head_dim_k used
+  const float* q;  // [heads][q_stride], head_dim_k used
   size_t heads, q_stride;
-  const void* k;           // [keys][head_dim_k]
-  const void* v;           // [keys][head_dim_v]
-  size_t keys;             // 1 .. kAttnChunk
+  const void* k;  // [keys][head_dim_k]
+  const void* v;  // [keys][head_dim_v]
+  size_t keys;    // 1 .. kAttnChunk
   size_t head_dim_k, head_dim_v;
   float scale;
   float* acc;
@@ -163,9 +164,9 @@ struct KernelTable {
 enum class Tier : int { kScalar, kAvx2, kCount };
 inline constexpr int kTiers = static_cast<int>(Tier::kCount);
 
-const char* tier_name(Tier tier);                 // "scalar", "avx2"
-bool tier_available(Tier tier);                   // compiled in, and the processor and operating system have it
-const KernelTable* kernels_for(Tier tier);        // nullptr when not available
+const char* tier_name(Tier tier);           // "scalar", "avx2"
+bool tier_available(Tier tier);             // compiled in, and the processor and operating system have it
+const KernelTable* kernels_for(Tier tier);  // nullptr when not available
 // The best available tier, or the one named by PYENGINE_ISA. nullptr, with *wanted set to that name, when it names a tier
 // that is unknown or absent. The environment is read once.
 const KernelTable* kernels_active(Tier* tier, const char** wanted);

@@ -162,14 +162,10 @@ SinCos sin_cos(double x) {
   for (const double part : kHalfPi) r -= k * part;
   const double s = sin_small(r), c = cos_small(r);
   switch (static_cast<int64_t>(k) & 3) {
-    case 0:
-      return {s, c};
-    case 1:
-      return {c, -s};
-    case 2:
-      return {-s, -c};
-    default:
-      return {-c, s};
+    case 0: return {s, c};
+    case 1: return {c, -s};
+    case 2: return {-s, -c};
+    default: return {-c, s};
   }
 }
 

@@ -92,8 +92,8 @@ void read_yarn(const Keys& keys, float override_scale, ModelConfig& c) {
   r.beta_slow = keys.f32_or("rope.scaling.yarn_beta_slow", 1e-3f, 1e6f, 1.0f);
   const float ext = keys.f32_or("rope.scaling.yarn_ext_factor", -1.0f, 1.0f, 1.0f);
   if (ext != 1.0f && ext != -1.0f)  // -1 is how some writers say "the default"
-    keys.unsupported("rope.scaling.yarn_ext_factor", "a YaRN extrapolation factor of " + std::to_string(ext) +
-                                                         " is not supported; expected 1");
+    keys.unsupported("rope.scaling.yarn_ext_factor",
+                     "a YaRN extrapolation factor of " + std::to_string(ext) + " is not supported; expected 1");
   r.attn_scale *= yarn_attn_scale(r.factor);
   if (override_scale > 0) {
     r.attn_scale = override_scale;
@@ -116,7 +116,8 @@ void read_rope(const Keys& keys, float override_scale, ModelConfig& c) {
   const std::string_view type = keys.string_or("rope.scaling.type", "");
   if (type == "yarn") {
     if (!keys.find("rope.scaling.factor"))
-      keys.fail("rope.scaling.factor", "missing_key", "the file asks for YaRN but has no " + keys.name("rope.scaling.factor"));
+      keys.fail("rope.scaling.factor", "missing_key",
+                "the file asks for YaRN but has no " + keys.name("rope.scaling.factor"));
     read_yarn(keys, override_scale, c);
     return;
   }
@@ -128,12 +129,12 @@ void read_rope(const Keys& keys, float override_scale, ModelConfig& c) {
   } else if (type.empty() || type == "none") {
     r.factor = 1;
   } else {
-    keys.unsupported("rope.scaling.type", "rope scaling \"" + printable(type) +
-                                              "\" is not supported; known: none, linear, yarn");
+    keys.unsupported("rope.scaling.type",
+                     "rope scaling \"" + printable(type) + "\" is not supported; known: none, linear, yarn");
   }
   if (override_scale > 0)
-    throw Error(Status::kArgument, "bad_option", "rope_attn_scale is for models with YaRN scaling, and this one has none",
-                "rope_attn_scale");
+    throw Error(Status::kArgument, "bad_option",
+                "rope_attn_scale is for models with YaRN scaling, and this one has none", "rope_attn_scale");
 }
 
 void read_heads(const Keys& keys, ModelConfig& c) {
@@ -175,13 +176,12 @@ size_t read_vocabulary(const gguf::File& file, size_t n_embd) {
                 "token_embd.weight");
   if (embedding->n_dims != 2 || embedding->dims[0] != n_embd || embedding->dims[1] > gguf::kMaxVocabulary)
     throw Error(Status::kFormat, "wrong_shape",
-                "token_embd.weight is " + std::to_string(embedding->dims[0]) + " x " + std::to_string(embedding->dims[1]) +
-                    "; expected " + std::to_string(n_embd) + " x the vocabulary (1.." +
-                    std::to_string(gguf::kMaxVocabulary) + ")",
+                "token_embd.weight is " + std::to_string(embedding->dims[0]) + " x " +
+                    std::to_string(embedding->dims[1]) + "; expected " + std::to_string(n_embd) +
+                    " x the vocabulary (1.." + std::to_string(gguf::kMaxVocabulary) + ")",
                 "token_embd.weight", embedding->entry);
   const size_t n_vocab = embedding->dims[1];
-  if (file.find("tokenizer.ggml.tokens"))
-    file.array("tokenizer.ggml.tokens", gguf::ElementKind::kString, 1, n_vocab);
+  if (file.find("tokenizer.ggml.tokens")) file.array("tokenizer.ggml.tokens", gguf::ElementKind::kString, 1, n_vocab);
   return n_vocab;
 }
 

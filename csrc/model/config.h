@@ -19,11 +19,11 @@ class File;
 struct ArchSpec {
   enum class Presence { kNever, kOptional, kRequired };
 
-  const char* name;         // general.architecture, and the prefix of its keys
-  bool adjacent_rope;       // rotation pairs (2i, 2i + 1), as Llama files store Q and K; otherwise (i, i + dims / 2)
-  Presence qkv_bias;        // attn_{q,k,v}.bias
-  Presence out_bias;        // attn_output.bias
-  Presence qk_norm;         // attn_{q,k}_norm.weight, over each head before the rotation
+  const char* name;    // general.architecture, and the prefix of its keys
+  bool adjacent_rope;  // rotation pairs (2i, 2i + 1), as Llama files store Q and K; otherwise (i, i + dims / 2)
+  Presence qkv_bias;   // attn_{q,k,v}.bias
+  Presence out_bias;   // attn_output.bias
+  Presence qk_norm;    // attn_{q,k}_norm.weight, over each head before the rotation
 };
 
 // The descriptor of an architecture, nullptr when there is none. `known_archs` names them all for error messages.
@@ -38,12 +38,12 @@ struct ModelConfig {
   size_t n_embd = 0;
   size_t n_ff = 0;
   size_t n_heads = 0;
-  size_t n_kv_heads = 0;   // divides n_heads
-  size_t head_dim_k = 0;   // of a query or key head
+  size_t n_kv_heads = 0;  // divides n_heads
+  size_t head_dim_k = 0;  // of a query or key head
   size_t head_dim_v = 0;
   float rms_eps = 0;
-  RopeSpec rope;           // frequencies, scaling; factors point into Weights
-  std::string notes;       // lines for a careful user
+  RopeSpec rope;      // frequencies, scaling; factors point into Weights
+  std::string notes;  // lines for a careful user
 
   size_t q_dim() const { return n_heads * head_dim_k; }
   size_t k_dim() const { return n_kv_heads * head_dim_k; }

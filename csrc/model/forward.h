@@ -17,16 +17,16 @@ struct Scratch {
     size_t at = 0;      // bytes from the start of the allocation
     size_t stride = 0;  // bytes from row to row
   };
-  Rows x;               // residual stream         [T][n_embd] float
-  Rows h;               // normed, attention out, silu(gate) * up: what the next linear reads [T][max(n_embd, o_dim, n_ff)]
-  Rows act[kActs];      // h, quantised            [T] activation rows (Q32, Q256)
-  Rows q, k, v;         // [T][q_dim | k_dim | v_dim]
-  Rows gate, up;        // [T][n_ff]
-  Rows out;             // [T][n_embd], what a block adds to the residual stream
-  Rows angles;          // [T][rope dims / 2][2]
-  Rows partial;         // attention of one KV head's group over one chunk: acc [heads][acc_stride], m [heads], sum [heads].
-                        // One token: row (KV head, chunk); several: rows (thread, running | next)
-  size_t acc_stride = 0;    // floats, head_dim_v padded
+  Rows x;           // residual stream         [T][n_embd] float
+  Rows h;           // normed, attention out, silu(gate) * up: what the next linear reads [T][max(n_embd, o_dim, n_ff)]
+  Rows act[kActs];  // h, quantised            [T] activation rows (Q32, Q256)
+  Rows q, k, v;     // [T][q_dim | k_dim | v_dim]
+  Rows gate, up;    // [T][n_ff]
+  Rows out;         // [T][n_embd], what a block adds to the residual stream
+  Rows angles;      // [T][rope dims / 2][2]
+  Rows partial;     // attention of one KV head's group over one chunk: acc [heads][acc_stride], m [heads], sum [heads].
+                    // One token: row (KV head, chunk); several: rows (thread, running | next)
+  size_t acc_stride = 0;  // floats, head_dim_v padded
   size_t bytes = 0;
 };
 
@@ -37,16 +37,16 @@ struct Batch {
   const Weights& weights;
   const KernelTable& kernels;
   const Scratch& layout;
-  uint8_t* memory;                        // layout.bytes, 64-byte aligned
+  uint8_t* memory;  // layout.bytes, 64-byte aligned
   KvCache& kv;
-  const int32_t* tokens;                  // [n]
-  size_t n;                               // 1 .. chunk
-  size_t pos;                             // of the first token
-  size_t first_row;                       // logits for tokens first_row .. n - 1
-  float* logits;                          // [n - first_row][n_vocab], or nullptr
-  const std::atomic<bool>& cancel;        // polled between tasks
-  std::atomic<bool> spoilt{false};        // a task was skipped: nothing of the result is valid
-  std::atomic<bool> leave{false};         // thread 0's decision, taken before a barrier, that all return after it
+  const int32_t* tokens;            // [n]
+  size_t n;                         // 1 .. chunk
+  size_t pos;                       // of the first token
+  size_t first_row;                 // logits for tokens first_row .. n - 1
+  float* logits;                    // [n - first_row][n_vocab], or nullptr
+  const std::atomic<bool>& cancel;  // polled between tasks
+  std::atomic<bool> spoilt{false};  // a task was skipped: nothing of the result is valid
+  std::atomic<bool> leave{false};   // thread 0's decision, taken before a barrier, that all return after it
 
   float* row(const Scratch::Rows& r, size_t i) const { return reinterpret_cast<float*>(memory + r.at + i * r.stride); }
 };

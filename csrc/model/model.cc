@@ -13,10 +13,12 @@ const KernelTable& active_kernels() {
   if (table) return *table;
   std::string have;
   for (int i = 0; i < kTiers; ++i)
-    if (tier_available(static_cast<Tier>(i))) have += std::string(have.empty() ? "" : ", ") + tier_name(static_cast<Tier>(i));
-  throw Error(Status::kCpu, "tier_unavailable",
-              "PYENGINE_ISA asks for \"" + std::string(wanted) + "\", which this processor or build lacks; available: " + have,
-              "PYENGINE_ISA");
+    if (tier_available(static_cast<Tier>(i)))
+      have += std::string(have.empty() ? "" : ", ") + tier_name(static_cast<Tier>(i));
+  throw Error(
+      Status::kCpu, "tier_unavailable",
+      "PYENGINE_ISA asks for \"" + std::string(wanted) + "\", which this processor or build lacks; available: " + have,
+      "PYENGINE_ISA");
 }
 
 }  // namespace

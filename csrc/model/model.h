@@ -13,8 +13,8 @@ namespace pe {
 
 struct ModelOptions {
   gguf::Load load = gguf::Load::kMap;
-  float rope_attn_scale = 0;              // > 0 overrides the file
-  std::function<bool(float)> progress;    // 0..1; true stops with Error kCancelled
+  float rope_attn_scale = 0;            // > 0 overrides the file
+  std::function<bool(float)> progress;  // 0..1; true stops with Error kCancelled
 };
 
 class Model {

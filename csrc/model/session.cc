@@ -129,7 +129,8 @@ void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, floa
               .first_row = first_row,
               .logits = logits,
               .cancel = cancel_};
-  pool_.run(static_cast<int>(n == 1 ? options_.n_threads : options_.n_threads_prefill), [&](Team& team) { forward(team, batch); });
+  pool_.run(static_cast<int>(n == 1 ? options_.n_threads : options_.n_threads_prefill),
+            [&](Team& team) { forward(team, batch); });
   if (batch.spoilt.load()) {
     cancel_.store(false);
     throw Error(Status::kCancelled, "cancelled", "the evaluation was cancelled");

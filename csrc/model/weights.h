@@ -25,24 +25,24 @@ struct Tensor {
 using Vector = std::vector<float>;
 
 struct LayerWeights {
-  Vector attn_norm;                // [n_embd]
-  Tensor wq, wk, wv;               // [q_dim | k_dim | v_dim][n_embd]
-  Vector bq, bk, bv;               // [q_dim | k_dim | v_dim]
-  Vector q_norm, k_norm;           // [head_dim_k]
-  Tensor wo;                       // [n_embd][o_dim]
-  Vector bo;                       // [n_embd]
-  Vector ffn_norm;                 // [n_embd]
-  Tensor gate, up;                 // [n_ff][n_embd]
-  Tensor down;                     // [n_embd][n_ff]
+  Vector attn_norm;       // [n_embd]
+  Tensor wq, wk, wv;      // [q_dim | k_dim | v_dim][n_embd]
+  Vector bq, bk, bv;      // [q_dim | k_dim | v_dim]
+  Vector q_norm, k_norm;  // [head_dim_k]
+  Tensor wo;              // [n_embd][o_dim]
+  Vector bo;              // [n_embd]
+  Vector ffn_norm;        // [n_embd]
+  Tensor gate, up;        // [n_ff][n_embd]
+  Tensor down;            // [n_embd][n_ff]
 };
 
 struct Weights {
-  Tensor tok_embd;                 // [n_vocab][n_embd]
+  Tensor tok_embd;  // [n_vocab][n_embd]
   std::vector<LayerWeights> layers;
-  Vector output_norm;              // [n_embd]
-  Tensor output;                   // [n_vocab][n_embd]; tok_embd when tied
-  Vector rope_freqs;               // [rope dims / 2] divisors, or empty
-  std::vector<double> inv_freq;    // [rope dims / 2] radians per position, scaling included
+  Vector output_norm;            // [n_embd]
+  Tensor output;                 // [n_vocab][n_embd]; tok_embd when tied
+  Vector rope_freqs;             // [rope dims / 2] divisors, or empty
+  std::vector<double> inv_freq;  // [rope dims / 2] radians per position, scaling included
 };
 
 // Throws Error: kFormat (missing, misshaped), kUnsupported (a type or a tensor this block has no place for).

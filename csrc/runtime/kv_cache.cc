@@ -22,7 +22,10 @@ size_t plane_bytes(const KvCache::Shape& s, size_t head_dim) {
 size_t KvCache::bytes(const Shape& s) { return plane_bytes(s, s.head_dim_k) + plane_bytes(s, s.head_dim_v); }
 
 KvCache::KvCache(const Shape& shape)
-    : shape_(shape), element_(element_bytes(shape.type)), v_at_(plane_bytes(shape, shape.head_dim_k)),
-      memory_(bytes(shape)), base_(memory_.as<uint8_t>()) {}
+    : shape_(shape),
+      element_(element_bytes(shape.type)),
+      v_at_(plane_bytes(shape, shape.head_dim_k)),
+      memory_(bytes(shape)),
+      base_(memory_.as<uint8_t>()) {}
 
 }  // namespace pe

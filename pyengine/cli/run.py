@@ -53,7 +53,7 @@ Ctrl-C stops an answer; pressed again it leaves."""
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     use_utf8()
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_intermixed_args(argv)  # options may stand between MODEL and PROMPT
     return run_command(NAME, lambda: run(args), debug=args.debug)
 
 

@@ -1,5 +1,5 @@
-/* A host in C: loads a model, evaluates a prompt of ids, prints greedy ids. Compiled by tests/api/test_embedding.py against
- * the installed header and library alone.   usage: embed MODEL COUNT ID... */
+/* A host in C: loads a model, evaluates a prompt of ids, prints greedy ids. Compiled by tests/api/test_embedding.py
+ * against the installed header and library alone.   usage: embed MODEL COUNT ID... */
 #include <stdio.h>
 #include <stdlib.h>
 

@@ -51,9 +51,7 @@ def test_c_program_prints_the_same_greedy_ids_as_python(tmp_path: Path) -> None:
     with pyengine.Model.open(path) as model:
         prompt = model.tokenizer.encode("What is 12 + 30?")
         expected = greedy(model, prompt, 40)
-    run = subprocess.run(
-        [str(program), str(path), "40", *map(str, prompt)], check=True, capture_output=True, text=True
-    )
+    run = subprocess.run([str(program), str(path), "40", *map(str, prompt)], check=True, capture_output=True, text=True)
     assert [int(line) for line in run.stdout.split()] == expected
 
 
@@ -103,9 +101,7 @@ def test_one_header_is_the_only_source_of_declarations() -> None:
     copies = [p for p in root.glob("**/pyengine.h") if not {".venv", "build"} & set(p.relative_to(root).parts)]
     assert copies == [root / "csrc" / "api" / "pyengine.h"]
     assert capi.header_path().read_bytes() == copies[0].read_bytes()
-    assert "cdef(" not in "".join(
-        p.read_text() for p in (root / "pyengine").rglob("*.py") if p.name != "capi.py"
-    )
+    assert "cdef(" not in "".join(p.read_text() for p in (root / "pyengine").rglob("*.py") if p.name != "capi.py")
 
 
 def test_misuse_is_refused_with_a_sentence() -> None:

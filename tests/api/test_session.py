@@ -130,11 +130,16 @@ def test_cancel_from_another_thread_stops_a_prefill_and_keeps_whole_chunks(demo:
     with demo.session(n_ctx=8192, threads=2, chunk=32) as session:
         stopper = threading.Timer(0.05, session.cancel)
         stopper.start()
-        with pytest.raises(Cancelled):
-            for _ in range(1000):
-                session.truncate(0)
+        cancelled = False
+        for _ in range(1000):
+            session.truncate(0)
+            try:
                 session.prefill([7] * 8000)
+            except Cancelled:
+                cancelled = True
+                break
         stopper.join()
+        assert cancelled
         kept = len(session)
         assert kept % 32 == 0
         with demo.session(n_ctx=8192, threads=1) as fresh:
@@ -201,7 +206,7 @@ def test_damaged_weights_are_an_error_never_a_sample(tmp_path: Path) -> None:
 
 
 def test_options_out_of_range_are_named(demo: Model) -> None:
-    with pytest.raises(InvalidArgument, match="n_threads is 100000; expected 1..512"):
+    with pytest.raises(InvalidArgument, match=r"n_threads is 100000; expected 1\.\.512"):
         demo.session(threads=100000)
     with pytest.raises(InvalidArgument, match="n_ctx"):
         demo.session(n_ctx=2**31)

@@ -297,8 +297,7 @@ def test_ctrl_c_ends_a_single_answer(json_output: bool) -> None:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV, cwd=ROOT
     )
     assert process.stderr is not None
-    while b"sampling:" not in process.stderr.readline():
-        pass
+    assert any(b"sampling:" in line for line in iter(process.stderr.readline, b""))
     time.sleep(0.4)
     process.send_signal(signal.SIGINT)
     start = time.monotonic()

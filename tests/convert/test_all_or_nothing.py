@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyengine_convert
 import pytest
+from safetensors.numpy import save_file
+
+import pyengine
+import pyengine_convert
+from pyengine.errors import EngineError, FileError, FormatError, NumericError, UnsupportedError
 from pyengine_convert import writer
 from pyengine_convert.checkpoint import SourceTensor, open_checkpoint
 from pyengine_convert.cli import main
 from pyengine_convert.convert import convert, make_plan
-from safetensors.numpy import save_file
-
-import pyengine
-from pyengine.errors import EngineError, FileError, FormatError, NumericError, UnsupportedError
 from tests.convert.checkpoints import config, save, weights
 from tests.support import DATA, needs_data
 

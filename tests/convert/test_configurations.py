@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from pyengine.errors import EngineError, FormatError, UnsupportedError
 from pyengine_convert.architectures import read_hyper
 from pyengine_convert.convert import convert
 from pyengine_convert.keyvalues import KeyValues
 from pyengine_convert.source import Config
-
-from pyengine.errors import EngineError, FormatError, UnsupportedError
 from tests.convert.checkpoints import bpe_tokenizer, config, save, weights
 from tests.convert.readback import Readback
 from tests.support import DATA, needs_data

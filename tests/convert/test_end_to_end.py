@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from pyengine_convert.convert import convert
 
 from pyengine.model import Model
+from pyengine_convert.convert import convert
 from tests.convert.checkpoints import STORIES
 from tests.support import DATA, needs_data
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
-from pyengine_convert.convert import convert
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from pyengine_convert.convert import convert
 from tests.convert.checkpoints import STORIES, copy_writable
 from tests.convert.readback import Readback
 from tests.support import DATA, needs_data
@@ -146,6 +146,7 @@ def test_a_tokenizer_json_of_sentencepiece_kind_gives_the_same_ids_as_the_model(
 
 def test_sentencepiece_models_read_as_the_sentencepiece_package_reads_them() -> None:
     import sentencepiece
+
     from pyengine_convert.sentencepiece_model import read_sentencepiece
 
     path = DATA / "models" / "stories260K-llama" / "tokenizer.model"

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pyengine.errors import EngineError, FileError, FormatError, UnsupportedError
+from pyengine.gguf_file import GgufFile
+from pyengine.tokenizer import Tokenizer
 from pyengine_convert.keyvalues import KeyValues
 from pyengine_convert.pretokenizer import recognise
 from pyengine_convert.sentencepiece_model import read_sentencepiece
 from pyengine_convert.source import Config
 from pyengine_convert.vocabulary import Vocabulary, read_vocabulary
-
-from pyengine.errors import EngineError, FileError, FormatError, UnsupportedError
-from pyengine.gguf_file import GgufFile
-from pyengine.tokenizer import Tokenizer
 from tests.convert.checkpoints import bpe_tokenizer, copy_writable, write_json
 from tests.support import DATA, needs_data
 

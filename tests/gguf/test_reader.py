@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +42,7 @@ from tests.gguf.builder import (
 )
 from tests.gguf.cases import CASES, Case
 from tests.gguf.plain_reader import Plain
-from tests.support import DATA, ROOT, needs_data
+from tests.support import DATA, ROOT, needs_data, run_check
 
 MODELS = sorted((DATA / "gguf").glob("*.gguf"))
 VOCABULARIES = sorted((DATA / "vocab").glob("*.gguf"))
@@ -357,43 +356,31 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- in bulk, inside one process
 
-CHECK = Path(os.environ.get("PYENGINE_CHECKS", ROOT / "build" / "checks")) / "gguf_check"
-needs_check = pytest.mark.skipif(not CHECK.exists(), reason="gguf_check is not built (cmake -DPE_BUILD_TESTS=ON)")
-
 
 def check(*args: object, requests: str = "") -> str:
-    done = subprocess.run(
-        [CHECK, *map(str, args)], input=requests, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, f"{done.returncode}: {done.stdout[-500:]}{done.stderr[-3000:]}"
-    return done.stdout
+    return run_check("gguf_check", *args, requests=requests)
 
 
-@needs_check
 def test_a_file_cut_anywhere_is_refused(small_file: Path) -> None:
     assert check("cut", 1, small_file).startswith("0 opened, ")
 
 
-@needs_check
 @needs_data
 def test_a_real_file_cut_at_many_places_is_refused() -> None:
     assert check("cut", 49999, MODELS[0], VOCABULARIES[0]).startswith("0 opened, ")
 
 
-@needs_check
 def test_any_damaged_header_byte_or_integer_gives_a_file_or_an_error(small_file: Path) -> None:
     opened, refused = (int(word) for word in check("mutate", 1, small_file).split()[::2])
     assert opened > 10_000  # most text and numbers may change
     assert refused > 100_000
 
 
-@needs_check
 @needs_data
 def test_damaged_headers_of_real_files_give_a_file_or_an_error() -> None:
     check("mutate", 499, *MODELS[:3])
 
 
-@needs_check
 def test_hostile_files_take_no_more_heap_and_time_than_promised(tmp_path: Path) -> None:
     hostile = {
         "keys": Gguf([value(f"{i:x}", U8, 0) for i in range(65536)]),
@@ -410,14 +397,12 @@ def test_hostile_files_take_no_more_heap_and_time_than_promised(tmp_path: Path) 
         assert time.perf_counter() - start < 1 + path.stat().st_size / 2**20
 
 
-@needs_check
 @needs_data
 def test_real_vocabularies_take_no_more_heap_than_promised() -> None:
     for path in VOCABULARIES:
         assert check("bounded", path) == "1 opened, 0 refused\n"
 
 
-@needs_check
 def test_copying_can_be_stopped_and_survives_a_shrinking_file(small_file: Path) -> None:
     check("copying", small_file)
 
@@ -511,7 +496,6 @@ def _typed_answers() -> dict[str, str]:
     return answers
 
 
-@needs_check
 def test_typed_access_gives_the_value_or_names_what_is_wrong(tmp_path: Path) -> None:
     source = typed_file()
     expected = _typed_answers()
@@ -532,7 +516,6 @@ def test_typed_access_gives_the_value_or_names_what_is_wrong(tmp_path: Path) -> 
             assert int(offset) == source.places[f"key:{key}"] + skip, request
 
 
-@needs_check
 def test_errors_of_typed_access_name_both_the_found_and_the_expected(tmp_path: Path) -> None:
     path = write(tmp_path / "typed.gguf", typed_file())
     requests = {

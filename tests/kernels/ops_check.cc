@@ -79,8 +79,7 @@ constexpr Values kAllValues[] = {Values::kPlain, Values::kWide, Values::kTiny, V
 
 float draw(Values values) {
   switch (values) {
-    case Values::kPlain:
-      return uniform();
+    case Values::kPlain: return uniform();
     case Values::kWide:  // any finite magnitude
       return std::ldexp(uniform(), static_cast<int>(below(250)) - 125);
     case Values::kTiny:  // products underflow to either zero

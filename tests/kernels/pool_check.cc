@@ -1,8 +1,8 @@
 // Checks the thread pool: barriers and shared loops, parking, creation and destruction, fork, refusal, and the counting
 // of processors. Prints a summary; exit status 1 on failure. Meant to run under -fsanitize=thread as well.
 #include <pthread.h>
-#include <signal.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>

@@ -1,7 +1,7 @@
 """Agreement with llama.cpp on the same files: opt-in (`make test-peers`), since it needs llama-cpp-python.
 
-Two engines that round activations differently cannot agree bit for bit; two existing engines differ by a mean KL divergence
-of 5e-4 to 1e-3 from each other. Free-running text is no measure: one flipped token changes everything after it.
+Two engines that round activations differently cannot agree bit for bit; two existing engines differ by a mean KL
+divergence of 5e-4 to 1e-3 from each other. Free-running text is no measure: one flipped token changes all that follow.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ namespace pe {
 const ArchSpec kQwen3 = {
     .name = "qwen3",
     .adjacent_rope = false,
-    .qkv_bias = ArchSpec::Presence::kOptional,  // attention_bias exists in the configuration, published models leave it off
+    .qkv_bias =
+        ArchSpec::Presence::kOptional,  // attention_bias exists in the configuration, published models leave it off
     .out_bias = ArchSpec::Presence::kOptional,
     .qk_norm = ArchSpec::Presence::kRequired,
 };
