@@ -43,7 +43,9 @@ class Terminal:
         os.write(self._master, data.encode() if isinstance(data, str) else data)
 
     def interrupt(self) -> None:
-        """Ctrl-C."""
+        """Ctrl-C, as a person would: not in the instant between a prompt appearing and the terminal being read, where
+        CPython's readline loop would notice it only with the next key."""
+        time.sleep(0.2)
         os.killpg(self.process.pid, signal.SIGINT)
 
     def exit_code(self, seconds: float = 30.0) -> int:

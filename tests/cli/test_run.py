@@ -66,6 +66,13 @@ def test_stdout_is_the_answer_and_nothing_else() -> None:
 
 
 @needs_data
+def test_options_may_stand_anywhere() -> None:
+    orders = [("--raw", "-n", "5", *GREEDY, STORIES, "Once"), (STORIES, "--raw", "-n", "5", "Once", *GREEDY)]
+    assert len({run(*order).stdout for order in [*orders, (STORIES, "Once", "--raw", "-n", "5", *GREEDY)]}) == 1
+    assert run(*orders[1]).returncode == 0
+
+
+@needs_data
 def test_json_has_everything() -> None:
     golden = json.loads((DATA / "golden" / "golden.json").read_text())["stories260K"]
     opening = "Once upon a time"
@@ -315,11 +322,11 @@ def test_ctrl_c_ends_the_reading_of_a_long_prompt_at_once() -> None:
     env = ENV | {"STUCK_ABOVE": "5"}
     with Terminal([*SLOW, str(STORIES), "One day a girl named Lily went to the park", "--raw", "-v"], env) as terminal:
         terminal.wait_for("sampling:")
-        time.sleep(0.4)
+        time.sleep(0.2)
         start = time.monotonic()
         terminal.interrupt()
         terminal.wait_for("interrupted")
-        assert time.monotonic() - start < 1.0
+        assert time.monotonic() - start < 1.2
         assert terminal.exit_code() == common.EXIT_INTERRUPTED
 
 
@@ -390,7 +397,6 @@ def test_ctrl_c_twice_leaves_during_an_answer(chat: Terminal) -> None:
     chat.type("Once upon a time\n")
     chat.wait_for("there")
     chat.interrupt()
-    time.sleep(0.1)  # two at the very same moment are one to the system
     chat.interrupt()
     chat.wait_for("pyengine-run: interrupted")
     assert chat.exit_code() == common.EXIT_INTERRUPTED
