@@ -92,9 +92,19 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def use_utf8() -> None:
-    """Output is UTF-8 whatever the locale; undecodable input stays recognisable (see :func:`check_utf8`)."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
-        if hasattr(stream, "reconfigure"):
+    """Output is UTF-8 whatever the locale; undecodable input stays recognisable (see :func:`check_utf8`).
+
+    A standard stream that the caller closed (``<&-``) becomes an empty one.
+    """
+    for name, mode, errors in (
+        ("stdin", "r", "surrogateescape"),
+        ("stdout", "w", "replace"),
+        ("stderr", "w", "backslashreplace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors=errors))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
@@ -115,11 +125,12 @@ def read_utf8(data: bytes, what: str) -> str:
     return check_utf8(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), what)
 
 
-_CONTROL = {code: None for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # embeddings, overrides, isolates
+_CONTROL = {code: None for code in (*range(32), *range(0x7F, 0xA0), *_BIDI) if chr(code) not in "\n\t"}
 
 
 def printable(text: str) -> str:
-    """Text without control characters: a model or a file must not steer the terminal."""
+    """Text without control and direction-changing characters: a model or a file must not steer the terminal."""
     return text.translate(_CONTROL)
 
 

@@ -222,11 +222,13 @@ class _Runner:
         )
         self.max_tokens = None if args.n_predict < 0 else args.n_predict
         self.status = Status()
-        self.display = _Display(self.status, show_reasoning=_show_reasoning(args))
+        self.display = _Display(self.status, show_reasoning=_show_reasoning(args), exact=args.raw)
 
     def run(self, prompt: str | None) -> int:
         if self.args.verbose:
             self._explain()
+        if self.session.n_ctx > self.model.n_ctx_train:
+            say(f"note: the model was made for {self.model.n_ctx_train} tokens; --ctx-size asks for more")
         with self.session:
             if self.no_template is not None and (prompt is None or self.args.system is not None):
                 raise self.no_template
@@ -414,11 +416,15 @@ class _Runner:
 
 
 class _Display:
-    """Shows events: the answer on stdout, reasoning on stderr, dimmed on a terminal."""
+    """Shows events: the answer on stdout, reasoning on stderr, dimmed on a terminal.
 
-    def __init__(self, status: Status, *, show_reasoning: bool) -> None:
+    ``exact``: keeps the line breaks that an answer begins with.
+    """
+
+    def __init__(self, status: Status, *, show_reasoning: bool, exact: bool) -> None:
         self._status = status
         self._show_reasoning = show_reasoning
+        self._exact = exact
         self._dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         self._clean = sys.stdout.isatty()
         self._reasoning_open = self._answer_open = False
@@ -434,7 +440,7 @@ class _Display:
                 say(event.text, end="")
         elif isinstance(event, Text):
             self._close_reasoning()
-            text = event.text if self._answer_open else event.text.lstrip("\r\n")
+            text = event.text if self._answer_open or self._exact else event.text.lstrip("\r\n")
             if text:
                 self._answer_open = True
                 self._fresh_line = text.endswith("\n")

@@ -293,6 +293,39 @@ def test_a_closed_pipe_is_quiet() -> None:
     process.stderr.close()
 
 
+@needs_data
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_empty_ones(closed: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *RUN, str(STORIES), "Once upon a time", "--raw", *GREEDY, "-n", "5"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=ENV,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    answer = b"" if ">&-" in closed.split() else b", there was a little\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, answer, b"")
+
+
+@needs_data
+def test_raw_text_is_exact(tmp_path: Path) -> None:
+    newline = Tokenizer.from_gguf(STORIES).encode("\n", add_special=False)[-1]
+    args = [STORIES, "Once", *GREEDY, "-n", "3", "--logit-bias", f"{newline}+1000"]
+    assert run(*args, "--raw").stdout == b"\n\n\n"
+    template = tmp_path / "talking.jinja"
+    template.write_text(TALKING)
+    assert run(*args, "--chat-template", template).stdout == b""
+
+
+@needs_data
+def test_a_context_beyond_the_models_own_is_told() -> None:
+    done = run(STORIES, "Once", "--raw", *GREEDY, "-n", "1", "-c", "600")
+    assert done.returncode == 0
+    assert b"made for 512 tokens" in done.stderr
+
+
 # ---- Ctrl-C ----
 
 
@@ -366,6 +399,7 @@ def test_the_second_turn_reuses_the_first(chat: Terminal) -> None:
     told = chat.wait_for("end: length")
     reused = int(told.split(" reused")[0].split()[-1])
     assert reused >= 30
+    chat.wait_for(">>> ")  # before it the terminal, not the program, would take the Ctrl-D
     chat.type("\x04")
     assert chat.exit_code() == 0
 
@@ -443,4 +477,5 @@ def test_flags_become_settings() -> None:
 
 def test_a_model_cannot_steer_the_terminal() -> None:
     assert common.printable("a\x1b[31m\r\x07b\x9b2Jc\td\n") == "a[31mb2Jc\td\n"
+    assert common.printable("\u202egnp.exe\u2066") == "gnp.exe"
     assert common.printable("שלום 日本 🙂 é") == "שלום 日本 🙂 é"
