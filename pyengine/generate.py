@@ -368,6 +368,8 @@ class _Run:
                 for token in self.tokenizer.encode(THINK_CLOSE, add_special=False, parse_special=True):
                     pending.append(token)
                     yield from self._take(SampleResult(token), out)
+                    if self._is_long_enough():
+                        return "length"
             if len(self.session) + len(pending) > self.session.n_ctx:
                 return "context"
             result = self._next(pending)
@@ -378,9 +380,12 @@ class _Run:
             yield from self._take(result, out)
             if out.stopped_by is not None:
                 return "stop"
-            if self.max_tokens is not None and len(self.history) - self.n_prompt >= self.max_tokens:
+            if self._is_long_enough():
                 return "length"
             pending = [result.id]
+
+    def _is_long_enough(self) -> bool:
+        return self.max_tokens is not None and len(self.history) - self.n_prompt >= self.max_tokens
 
     def _take(self, token: SampleResult, out: _Output) -> Iterator[Event]:
         self.history.append(token.id)

@@ -335,6 +335,13 @@ def test_a_thinking_budget_ends_in_an_answer(budget: int) -> None:
     assert session.tokens == [*b"abc", *b"m" * budget, *b"\n", 257, *b"\n\n", *b"42"]
 
 
+@pytest.mark.parametrize("max_tokens", [5, 6, 8, 9, 10])
+def test_max_tokens_holds_for_what_the_budget_writes_too(max_tokens: int) -> None:
+    events = run(Scripted(says("m" * 50)), starts_in_reasoning=True, think_budget=5, max_tokens=max_tokens)
+    assert last(events).reason == "length"
+    assert last(events).stats.generated_tokens == max_tokens
+
+
 def test_a_model_within_its_budget_is_left_alone() -> None:
     events = run(Scripted(says("ok</think>fine")), starts_in_reasoning=True, think_budget=100)
     assert collect(events) == ("fine", "ok")
