@@ -6,10 +6,14 @@ part of the prompt (the template writes it), and some models leave it out altoge
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from pyengine.errors import FormatError, InvalidArgument
+from pyengine.sampling import SamplerSettings
 
 OPENER = "<think>"
 CLOSER = "</think>"
@@ -185,6 +189,8 @@ def reasoning_profile(metadata: Mapping[str, Any], template: str | None = None) 
     Args:
         metadata: GGUF keys and values.
         template: source of the template in use; the file's own when None.
+
+    Errors: ``FormatError`` for a sampling value that makes no sense.
     """
     if template is None:
         stored = metadata.get("tokenizer.chat_template")
@@ -217,10 +223,19 @@ def reasoning_profile(metadata: Mapping[str, Any], template: str | None = None) 
 def _stated_sampling(metadata: Mapping[str, Any]) -> dict[str, float | int]:
     stated: dict[str, float | int] = {}
     for key, (name, kind) in _FILE_KEYS.items():
-        value = metadata.get(f"general.sampling.{key}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        full = f"general.sampling.{key}"
+        value = metadata.get(full)
+        if value is None:
+            continue
+        if isinstance(value, float) and math.isfinite(value):
             # Files hold 32-bit floats: 0.6 comes back as 0.6000000238. Seven digits undo that.
-            stated[name] = int(value) if kind is int else float(f"{value:.7g}")
+            value = float(f"{value:.7g}")
+            value = int(value) if kind is int and value.is_integer() else value
+        try:
+            SamplerSettings(**{name: value})  # type: ignore[arg-type]
+        except InvalidArgument as error:
+            raise FormatError(f"{full}: {error.message}", code="bad_sampling", field=full) from None
+        stated[name] = value
     return stated
 
 

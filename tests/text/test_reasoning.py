@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import numpy as np
 import pytest
 
+from pyengine.errors import FormatError
 from pyengine.reasoning import ReasoningSplitter, reasoning_profile, split_reasoning
 from pyengine.sampling import SamplerSettings
 from tests.support import DATA, needs_data
@@ -164,3 +166,13 @@ def test_what_the_file_states_about_sampling_comes_first() -> None:
     assert isinstance(profile.sampling["top_k"], int)
     assert any("stated by the file: temperature 0.7" in line for line in profile.evidence)
     SamplerSettings(**profile.sampling)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temp", -1.0), ("temp", math.nan), ("top_k", math.inf), ("top_k", 40.5), ("min_p", "x"), ("xtc_threshold", 9.0)],
+)
+def test_sampling_values_that_make_no_sense_are_refused_by_key(key: str, value: object) -> None:
+    with pytest.raises(FormatError, match=rf"^general\.sampling\.{key}: .* is {value!r}; expected") as caught:
+        reasoning_profile({f"general.sampling.{key}": value})
+    assert caught.value.field == f"general.sampling.{key}"
