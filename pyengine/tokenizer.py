@@ -372,7 +372,7 @@ class Tokenizer:
 
     def _check_id(self, token: int) -> int:
         if not 0 <= token < self.n_vocab:
-            raise InvalidArgument(f"token id {token} is outside the vocabulary of {self.n_vocab}", code="bad_token_id")
+            raise InvalidArgument(f"token id {token} is outside the vocabulary of {self.n_vocab}", code="bad_token")
         return token
 
     def _id(self, metadata: Mapping[str, Any], name: str) -> int | None:

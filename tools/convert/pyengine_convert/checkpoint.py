@@ -164,7 +164,7 @@ def _check_start(path: Path, head: bytes, size: int, length: int) -> None:
     if head.startswith(b"version "):
         raise FormatError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`", code="lfs_pointer")
     if head[:1] == b"<":
-        raise FormatError(f"{path} is a web page, not the weights: download it again", code="html")
+        raise FormatError(f"{path} is a web page, not the weights: download it again", code="web_page")
     if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
         raise FormatError(
             f"{path} is no safetensors file, or it is cut short ({size} bytes)", code="bad_header", offset=0

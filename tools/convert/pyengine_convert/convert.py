@@ -101,7 +101,7 @@ def make_plan(source: Path, type_name: str, *, name: str | None = None, pre: str
         raise InvalidArgument(f"unknown type {type_name!r}; known are {', '.join(RECIPES)}", code="unknown_type")
     if pre is not None and pre not in PRE_TOKENIZERS:
         raise InvalidArgument(
-            f"unknown pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}", code="unknown_pre"
+            f"unknown pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}", code="unknown_pretokenizer"
         )
     if not source.is_dir():
         what = "is a file" if source.exists() else "does not exist"

@@ -35,7 +35,7 @@ def recognise(tokenizer: Mapping[str, Any], prepends_bos: bool) -> str:
     raise UnsupportedError(
         f"tokenizer.json cuts text in a way no known family does: {shown}. If you know which family fits, name it: "
         f"--pre NAME; known are {', '.join(families())}",
-        code="unknown_pre_tokenizer",
+        code="unknown_pretokenizer",
         field="pre_tokenizer",
     )
 
