@@ -280,6 +280,13 @@ def test_tokens_added_to_a_sentencepiece_model_follow_its_own(tmp_path: Path) ->
         (lambda t: t.update(model=3), ["no model"]),
         (lambda t: t["added_tokens"].append({"id": "x"}), ["added token"]),
         (lambda t: t.update(pre_tokenizer=None) or t["model"].update(type="Unigram"), ["Unigram", "BPE"]),
+        (lambda t: t.update(added_tokens=5), ["tokenizer.json", "int"]),
+        (lambda t: t["model"].update(merges=5), ["tokenizer.json", "int"]),
+        (lambda t: t.update(post_processor={"type": "Sequence", "processors": ["x"]}), ["tokenizer.json", "str"]),
+        (
+            lambda t: t.update(post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {}}]}),
+            ["tokenizer.json", "KeyError"],
+        ),
     ],
 )
 def test_damaged_tokenizers_are_refused_by_name(tmp_path: Path, change: Any, words: list[str]) -> None:

@@ -21,10 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         from pyengine_convert import convert  # after parsing: --help works without the extra packages
+
+        bar = _Progress()
     except ModuleNotFoundError as error:
         return _say(f"the package {error.name} is missing: pip install 'pyengine[convert]'", EXIT_FAILED)
     signal.signal(signal.SIGTERM, _interrupt)
-    bar = _Progress()
     try:
         report = convert.convert(
             args.source,

@@ -82,6 +82,18 @@ def read_vocabulary(folder: Path, config: Config, rows: int, pre: str | None = N
     """
     settings = Config(read_json_if_present(folder / "tokenizer_config.json"), "tokenizer_config.json")
     fast = read_json_if_present(folder / "tokenizer.json")
+    try:
+        return _read_vocabulary(folder, config, settings, fast, rows, pre)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # objects where lists belong, and the like
+        raise FormatError(
+            f"{folder / 'tokenizer.json'} is not built as tokenizers are ({type(error).__name__}: {error})",
+            code="bad_tokenizer",
+        ) from error
+
+
+def _read_vocabulary(
+    folder: Path, config: Config, settings: Config, fast: Mapping[str, Any], rows: int, pre: str | None
+) -> Vocabulary:
     if fast and not isinstance(fast.get("model"), dict):
         raise FormatError("tokenizer.json has no model", code="bad_tokenizer", field="model")
     added = _added_tokens(fast, settings)
