@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -109,7 +110,7 @@ class Session:
         n_ctx: positions of the cache; 0: the model's context, at most 4096.
         threads, threads_prefill: 0: one per usable physical core.
         kv_type: ``"f16"`` or ``"f32"``.
-        chunk: tokens per prefill step; no effect on any logit.
+        chunk: tokens per prefill step, at most 1024; no effect on any logit.
     """
 
     def __init__(
@@ -163,7 +164,8 @@ class Session:
 
     def clear_cancel(self) -> None:
         """Takes back a :meth:`cancel` that no eval has met."""
-        self._core.clear_cancel()
+        with contextlib.suppress(InvalidArgument):  # closed: nothing is left to take back
+            self._core.clear_cancel()
 
     def close(self) -> None:
         self._core.close()

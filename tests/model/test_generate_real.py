@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from collections.abc import Iterator
@@ -62,6 +63,14 @@ def test_cancel_from_another_thread(model: Model) -> None:
         assert events[-1].reason == "cancelled"
         more = list(generate(session, "Once upon a time", SamplerSettings(temperature=0.0), max_tokens=5))
         assert collect(more).text == ", there was a little"
+
+
+def test_a_stream_may_be_dropped_after_its_session_is_closed(model: Model) -> None:
+    with model.session(threads=1) as session:
+        stream = generate(session, "Once upon a time", SamplerSettings(seed=1))
+        next(stream)
+    del stream  # what a generator raises here cannot be caught; pytest makes it an error
+    gc.collect()
 
 
 def test_a_chat_evaluates_only_what_is_new(model: Model) -> None:
