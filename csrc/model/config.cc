@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <string_view>
+#include <utility>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -52,7 +53,18 @@ class Keys {
   std::string prefix_;
 };
 
-// Keys that change the computation in a way this decoder block does not know. Neutral values are accepted.
+// A scalar of any numeric type; bools are 0 and 1.
+double number_of(const gguf::Value& value) {
+  switch (value.type) {
+    case gguf::ValueType::kBool: return gguf::boolean_at(value, 0);
+    case gguf::ValueType::kFloat32:
+    case gguf::ValueType::kFloat64: return gguf::number_at(value, 0);
+    default: return static_cast<double>(gguf::integer_at(value, 0, 0, UINT64_MAX));
+  }
+}
+
+// Keys that change the computation in a way this decoder block does not know. Neutral values are accepted; an array (one
+// value per layer) never is.
 void refuse_foreign(const Keys& keys) {
   struct Foreign {
     const char* suffix;
@@ -62,6 +74,7 @@ void refuse_foreign(const Keys& keys) {
   static constexpr Foreign kForeign[] = {
       {"expert_count", 0, "experts"},
       {"expert_used_count", 0, "experts"},
+      {"attention.causal", 1, "attention to later tokens"},
       {"attention.sliding_window", 0, "sliding-window attention"},
       {"attention.scale", 0, "an own attention scale"},
       {"attention.max_alibi_bias", 0, "ALiBi position biases"},
@@ -75,10 +88,7 @@ void refuse_foreign(const Keys& keys) {
   for (const Foreign& f : kForeign) {
     const gguf::Value* value = keys.find(f.suffix);
     if (!value) continue;
-    const bool is_float = value->type == gguf::ValueType::kFloat32 || value->type == gguf::ValueType::kFloat64;
-    const double number =
-        is_float ? gguf::number_at(*value, 0) : static_cast<double>(gguf::integer_at(*value, 0, 0, UINT64_MAX));
-    if (number != f.neutral)
+    if (value->type == gguf::ValueType::kArray || number_of(*value) != f.neutral)
       keys.unsupported(f.suffix, "the model uses " + std::string(f.what) + " (" + keys.name(f.suffix) +
                                      "), which this engine does not run for this architecture");
   }
@@ -114,10 +124,14 @@ void read_rope(const Keys& keys, float override_scale, ModelConfig& c) {
   r.factor = keys.f32_or("rope.scaling.factor", 0.0f, 1e6f, 1.0f);
   if (r.factor == 0) r.factor = 1;  // "none" of older writers
   const std::string_view type = keys.string_or("rope.scaling.type", "");
+  if ((type == "yarn" || type == "linear") && !keys.find("rope.scaling.factor"))
+    keys.fail("rope.scaling.factor", "missing_key",
+              "the file asks for rope scaling but has no " + keys.name("rope.scaling.factor"));
+  if (type.empty() && r.factor != 1)
+    keys.fail("rope.scaling.type", "missing_key",
+              "the file has a " + keys.name("rope.scaling.factor") + " but does not say of which kind: it has no " +
+                  keys.name("rope.scaling.type"));
   if (type == "yarn") {
-    if (!keys.find("rope.scaling.factor"))
-      keys.fail("rope.scaling.factor", "missing_key",
-                "the file asks for YaRN but has no " + keys.name("rope.scaling.factor"));
     read_yarn(keys, override_scale, c);
     return;
   }
@@ -148,25 +162,48 @@ void read_heads(const Keys& keys, ModelConfig& c) {
   if (c.n_heads % c.n_kv_heads)
     keys.fail("attention.head_count_kv", "value_out_of_range",
               std::to_string(c.n_heads) + " attention heads cannot share " + std::to_string(c.n_kv_heads) +
-                  " KV heads; expected a divisor");
+                  " KV heads: " + keys.name("attention.head_count_kv") + " must divide " +
+                  keys.name("attention.head_count"));
   const auto head_dim = [&](const char* suffix) -> size_t {
     if (keys.find(suffix)) return keys.u32(suffix, 1, 65536);
     if (c.n_embd % c.n_heads)
       keys.fail("attention.head_count", "value_out_of_range",
-                std::to_string(c.n_embd) + " columns cannot be split over " + std::to_string(c.n_heads) +
-                    " heads, and the file has no " + keys.name(suffix));
+                keys.name("attention.head_count") + " is " + std::to_string(c.n_heads) +
+                    ", which does not divide the " + std::to_string(c.n_embd) + " columns, and the file has no " +
+                    keys.name(suffix));
     return c.n_embd / c.n_heads;
   };
   c.head_dim_k = head_dim("attention.key_length");
   c.head_dim_v = head_dim("attention.value_length");
-  for (const size_t dim : {c.q_dim(), c.o_dim()})
+  for (const auto& [suffix, dim] :
+       {std::pair{"attention.key_length", c.q_dim()}, {"attention.value_length", c.o_dim()}})
     if (dim > kMaxWidth)
-      keys.fail("attention.key_length", "value_out_of_range",
-                std::to_string(c.n_heads) + " heads of " + std::to_string(dim / c.n_heads) + " values are " +
-                    std::to_string(dim) + " columns; expected at most " + std::to_string(kMaxWidth));
+      keys.fail(suffix, "value_out_of_range",
+                std::to_string(c.n_heads) + " heads of " + std::to_string(dim / c.n_heads) + " values (" +
+                    keys.name(suffix) + ") are " + std::to_string(dim) + " columns; expected at most " +
+                    std::to_string(kMaxWidth));
 }
 
-// The vocabulary's size is the embedding's: a file may list fewer tokens than it has rows, never more.
+// The engine works on ids alone, but an id that names nothing would reach it from these keys sooner or later. A file may
+// list fewer tokens than the embedding has rows (padding), never more; a model without a vocabulary is runnable.
+void check_vocabulary(const gguf::File& file, size_t n_vocab) {
+  constexpr std::string_view kPrefix = "tokenizer.ggml.";
+  constexpr std::string_view kSuffix = "_token_id";
+  uint64_t n = n_vocab;
+  if (file.find("tokenizer.ggml.tokens"))
+    n = file.array("tokenizer.ggml.tokens", gguf::ElementKind::kString, 1, n_vocab).count;
+  if (file.find("tokenizer.ggml.scores")) file.array("tokenizer.ggml.scores", gguf::ElementKind::kFloat, n, n);
+  if (file.find("tokenizer.ggml.token_type"))
+    file.array("tokenizer.ggml.token_type", gguf::ElementKind::kInteger, n, n);
+  if (file.find("tokenizer.ggml.merges"))
+    file.array("tokenizer.ggml.merges", gguf::ElementKind::kString, 0, gguf::kMaxArrayLength);
+  for (const gguf::Value& value : file.values()) {
+    const std::string_view key = value.key;
+    if (key.starts_with(kPrefix) && key.ends_with(kSuffix)) file.integer(key, 0, n - 1);
+  }
+}
+
+// The vocabulary's size is the embedding's.
 size_t read_vocabulary(const gguf::File& file, size_t n_embd) {
   const gguf::TensorInfo* embedding = file.find_tensor("token_embd.weight");
   if (!embedding)
@@ -180,9 +217,8 @@ size_t read_vocabulary(const gguf::File& file, size_t n_embd) {
                     std::to_string(embedding->dims[1]) + "; expected " + std::to_string(n_embd) +
                     " x the vocabulary (1.." + std::to_string(gguf::kMaxVocabulary) + ")",
                 "token_embd.weight", embedding->entry);
-  const size_t n_vocab = embedding->dims[1];
-  if (file.find("tokenizer.ggml.tokens")) file.array("tokenizer.ggml.tokens", gguf::ElementKind::kString, 1, n_vocab);
-  return n_vocab;
+  check_vocabulary(file, embedding->dims[1]);
+  return embedding->dims[1];
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ class Binder {
         throw Error(Status::kUnsupported, "unexpected_tensor",
                     "the tensor " + printable(t.name) + " has no place in the architecture " + arch +
                         ": running without it would give wrong answers",
-                    t.name, t.entry);
+                    printable(t.name), t.entry);
   }
 
  private:
