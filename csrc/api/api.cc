@@ -6,6 +6,7 @@
 
 #include "api/last_error.h"
 #include "api/pyengine.h"
+#include "base/text.h"
 #include "gguf/reader.h"
 #include "model/model.h"
 #include "model/session.h"
@@ -143,7 +144,7 @@ pe_status pe_file_value(const pe_file* file, const char* key, pe_value* out) {
   return guarded([&] {
     cleared(out);
     const gguf::Value* value = not_null(file, "file").file->find(&not_null(key, "key"));
-    if (!value) throw Error(Status::kArgument, "not_found", std::string("the file has no key ") + key, key);
+    if (!value) throw Error(Status::kArgument, "not_found", "the file has no key " + printable(key), printable(key));
     *out = value_of(*value);
   });
 }
@@ -152,7 +153,8 @@ pe_status pe_file_tensor(const pe_file* file, const char* name, pe_tensor* out) 
   return guarded([&] {
     cleared(out);
     const gguf::TensorInfo* tensor = not_null(file, "file").file->find_tensor(&not_null(name, "name"));
-    if (!tensor) throw Error(Status::kArgument, "not_found", std::string("the file has no tensor ") + name, name);
+    if (!tensor)
+      throw Error(Status::kArgument, "not_found", "the file has no tensor " + printable(name), printable(name));
     *out = tensor_of(*tensor);
   });
 }
@@ -248,7 +250,7 @@ pe_status pe_session_eval(pe_session* session, const int32_t* tokens, size_t n, 
     if (n) not_null(tokens, "tokens");
     if (want != PE_LOGITS_NONE && want != PE_LOGITS_LAST && want != PE_LOGITS_ALL)
       bad_argument("want", "is no known pe_logits");
-    if (want != PE_LOGITS_NONE) {
+    if (want != PE_LOGITS_NONE && n) {  // without tokens eval says so
       not_null(logits, "logits");
       const size_t rows = want == PE_LOGITS_ALL ? n : 1;
       if (logits_count / s.model().config().n_vocab < rows)

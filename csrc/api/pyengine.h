@@ -236,7 +236,7 @@ typedef struct pe_session_options {
   uint32_t n_threads;         /* threads when one token is evaluated; 0 (default): one per usable physical core */
   uint32_t n_threads_prefill; /* threads when several are; 0 (default): as n_threads */
   int32_t kv_type;            /* tensor type of the cache: 1 = F16 (default), 0 = F32 */
-  uint32_t n_chunk;           /* tokens per prefill step; 0 (default): 256. No effect on any logit */
+  uint32_t n_chunk;           /* tokens per prefill step, at most 1024; 0 (default): 256. No effect on any logit */
 } pe_session_options;
 
 typedef enum pe_logits {

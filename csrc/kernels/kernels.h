@@ -103,7 +103,7 @@ using RopeFn = void (*)(const RopeArgs&);
 using AddFn = void (*)(const float* a, const float* b, size_t n, float* y);  // y = a + b; y may be a or b
 using SiluMulFn = void (*)(const float* gate, const float* up, size_t n,
                            float* y);                        // y = gate / (1 + exp(-gate)) * up; y may alias
-using ExpFn = void (*)(const float* x, size_t n, float* y);  // the engine's own exp, see scalar/ops.cc
+using ExpFn = void (*)(const float* x, size_t n, float* y);  // the engine's own exp, see math.h
 
 // KV cache element types.
 enum class Kv : int { F16, F32 };

@@ -1,6 +1,8 @@
 #include "model/model.h"
 
 #include "base/error.h"
+#include "base/fp_env.h"
+#include "base/text.h"
 
 namespace pe {
 
@@ -17,13 +19,14 @@ const KernelTable& active_kernels() {
       have += std::string(have.empty() ? "" : ", ") + tier_name(static_cast<Tier>(i));
   throw Error(
       Status::kCpu, "tier_unavailable",
-      "PYENGINE_ISA asks for \"" + std::string(wanted) + "\", which this processor or build lacks; available: " + have,
+      "PYENGINE_ISA asks for \"" + printable(wanted) + "\", which this processor or build lacks; available: " + have,
       "PYENGINE_ISA");
 }
 
 }  // namespace
 
 std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOptions& options) {
+  const FpEnv fp_env;  // rope frequencies are computed here
   const std::shared_ptr<Model> m(new Model);
   m->kernels_ = &active_kernels();
   const auto report = [&options](float fraction) {

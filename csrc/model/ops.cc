@@ -9,8 +9,11 @@ namespace {
 
 // Rows of a matrix that one task computes: small enough to share a decode step evenly, a multiple of every kernel's tile.
 constexpr size_t kTaskRows = 32;
-// With many tokens a task is bigger, so that unpacking a row's weights is shared by all of them.
+// With many tokens a task is up to kTaskRowsBatch rows, whole tiles, and about kTaskWork multiplications: a cancel is
+// polled between tasks, and the slowest scalar kernel takes 0.15 s for one.
 constexpr size_t kTaskRowsBatch = 64;
+constexpr size_t kTaskWork = size_t{1} << 26;
+constexpr size_t kTileRows = 16;
 
 // body(i) for every task i, one at a time on whichever thread is free; ends in a barrier.
 template <typename Body>
@@ -22,6 +25,11 @@ constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 const Scratch::Rows& act_rows(const Batch& b, Act act) {
   return act == Act::F32 ? b.layout.h : b.layout.act[static_cast<int>(act)];
+}
+
+size_t task_rows(size_t cols, size_t tokens) {
+  if (tokens == 1) return kTaskRows;
+  return std::clamp(kTaskWork / (cols * tokens) / kTileRows * kTileRows, kTileRows, kTaskRowsBatch);
 }
 
 // The quantised forms of h[t][:n]. Act::F32 is h itself.
@@ -121,6 +129,7 @@ void attend_many(Team& team, Batch& b, size_t layer) {
     const size_t t = task % b.n;
     attend_chunk(b, layer, g, t, 0, total);
     for (size_t c = 1; c < ceil_div(b.pos + t + 1, kAttnChunk); ++c) {
+      if (cancelled(b)) return;  // at 64k positions a task is long
       attend_chunk(b, layer, g, t, c, next);
       for (size_t head = 0; head < b.config.heads_per_kv(); ++head) merge(b, total, next, head);
     }
@@ -153,7 +162,7 @@ void quantise(Team& team, Batch& b, size_t n, unsigned acts) {
 }
 
 void linear(Team& team, Batch& b, const Job* jobs, size_t count) {
-  const size_t step = b.n == 1 ? kTaskRows : kTaskRowsBatch;
+  const size_t step = task_rows(jobs[0].w->cols, b.n);  // all jobs read h: they have the same columns
   size_t tasks = 0;
   for (size_t j = 0; j < count; ++j) tasks += ceil_div(jobs[j].w->rows, step);
   each(team, tasks, [&](size_t task) {
@@ -211,7 +220,7 @@ void silu_mul(Team& team, Batch& b, unsigned acts) {
 
 void logits(Team& team, Batch& b) {
   const Tensor& w = b.weights.output;
-  const size_t step = b.n - b.first_row == 1 ? kTaskRows : kTaskRowsBatch;
+  const size_t step = task_rows(w.cols, b.n - b.first_row);
   each(team, ceil_div(w.rows, step), [&](size_t task) {
     if (cancelled(b)) return;
     linear_rows(b, w, task * step, std::min(task * step + step, w.rows), b.first_row, b.logits, b.config.n_vocab);

@@ -1,7 +1,9 @@
 #include "model/session.h"
 
 #include <algorithm>
+#include <chrono>
 #include <string>
+#include <thread>
 
 #include "base/cpu_count.h"
 #include "base/error.h"
@@ -29,7 +31,8 @@ SessionOptions resolve(const ModelConfig& config, SessionOptions o) {
   if (!o.n_threads_prefill) o.n_threads_prefill = o.n_threads;
   in_range("n_threads", o.n_threads, 1, kMaxThreads);
   in_range("n_threads_prefill", o.n_threads_prefill, 1, kMaxThreads);
-  o.n_chunk = std::min(o.n_chunk ? o.n_chunk : kDefaultChunk, o.n_ctx);
+  if (!o.n_chunk) o.n_chunk = kDefaultChunk;
+  o.n_chunk = std::min(in_range("n_chunk", o.n_chunk, 1, kMaxChunk), o.n_ctx);
   return o;
 }
 
@@ -54,10 +57,8 @@ class Session::Use {
   }
   Use(const Use&) = delete;
   Use& operator=(const Use&) = delete;
-  ~Use() {
-    busy_.store(false, std::memory_order_release);
-    busy_.notify_all();
-  }
+  // The last touch of the session: a destructor that waits for it may go on at once.
+  ~Use() { busy_.store(false, std::memory_order_release); }
 
  private:
   std::atomic<bool>& busy_;
@@ -78,10 +79,12 @@ Session::Session(std::shared_ptr<const Model> model, const SessionOptions& optio
   tokens_.reserve(options_.n_ctx);  // eval never allocates
 }
 
+// Polls: a notification would touch busy_ after it said that the session may go. In the child of a fork nobody is left
+// to wait for.
 Session::~Session() {
-  while (busy_.load(std::memory_order_acquire)) {
+  while (busy_.load(std::memory_order_acquire) && !pool_.abandoned()) {
     cancel();
-    busy_.wait(true);
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 }
 

@@ -15,12 +15,13 @@ struct SessionOptions {
   size_t n_ctx = 0;              // 0: min(the model's context, kDefaultContext)
   size_t n_threads = 0;          // one token; 0: usable physical cores
   size_t n_threads_prefill = 0;  // several tokens; 0: as n_threads
-  size_t n_chunk = 0;            // tokens per prefill step; 0: kDefaultChunk
+  size_t n_chunk = 0;            // tokens per prefill step, at most kMaxChunk; 0: kDefaultChunk
   Kv kv = Kv::F16;
 };
 
 inline constexpr size_t kDefaultContext = 4096;
 inline constexpr size_t kDefaultChunk = 256;
+inline constexpr size_t kMaxChunk = 1024;  // a longer step gains nothing and would answer a cancel too late
 inline constexpr size_t kMaxThreads = 512;
 
 enum class Want { kNone, kLast, kAll };  // which rows of logits

@@ -129,16 +129,18 @@ ThreadPool::ThreadPool(int n_threads) : size_(std::clamp(n_threads, 1, kMaxThrea
 }
 
 ThreadPool::~ThreadPool() {
-  if (process_id() == process_) {
-    workers_->join();
-  } else {
+  if (abandoned()) {
     workers_.release();  // handles of threads that do not exist here can be neither joined nor destroyed
+  } else {
+    workers_->join();
   }
 }
 
+bool ThreadPool::abandoned() const { return process_id() != process_; }
+
 void ThreadPool::run_entry(int n_active, detail::PoolState::Entry entry, void* context) {
   const FpEnv environment;
-  if (process_id() != process_) {  // after a fork: alone, and not on state another thread may have left half-way
+  if (abandoned()) {  // after a fork: alone, and not on state another thread may have left half-way
     detail::PoolState alone;
     Team team(alone, 0, 1);
     entry(context, team);

@@ -90,6 +90,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return size_; }
+  // Whether this is the child of a fork, where the pool's threads do not exist.
+  bool abandoned() const;
 
   // Runs fn(Team&) on n_active threads (clamped to 1 .. size()), the calling thread among them, in the default
   // floating-point environment; returns when all have finished. In the child of a fork the team is the caller alone.
