@@ -298,6 +298,14 @@ def test_damaged_tokenizers_are_refused_by_name(tmp_path: Path, change: Any, wor
         assert word in str(error.value)
 
 
+def test_sentencepiece_with_other_steps_is_refused(tmp_path: Path) -> None:
+    tokenizer = json.loads((DATA / "models" / "stories260K-llama" / "tokenizer.json").read_text())
+    assert read(folder_with(tmp_path / "good", tokenizer), 512).add_space_prefix
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, tokenizer["normalizer"]]}
+    with pytest.raises(UnsupportedError, match="Lowercase"):
+        read(folder_with(tmp_path / "bad", tokenizer), 512)
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         read(tmp_path, 300)

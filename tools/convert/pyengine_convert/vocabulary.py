@@ -250,10 +250,17 @@ def _ranks(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 
 def _prepends_space(fast: Mapping[str, Any]) -> bool:
-    def steps(node: Any, children: str) -> list[Any]:
-        return node.get(children, [node]) if isinstance(node, dict) else []
-
-    for step in (*steps(fast.get("normalizer"), "normalizers"), *steps(fast.get("pre_tokenizer"), "pretokenizers")):
+    """Whether a text gets a space in front. ``UnsupportedError`` for steps that SentencePiece readers do not take."""
+    steps: list[Any] = []
+    for kind in ("normalizer", "pre_tokenizer"):
+        node = fast.get(kind) or {"type": "Sequence"}
+        steps += node.get(kind.replace("_", "") + "s", []) if node["type"] == "Sequence" else [node]
+    for step in steps:
+        if step["type"] not in ("Prepend", "Replace", "Metaspace"):
+            raise UnsupportedError(
+                f"tokenizer.json has the step {step['type']}, which GGUF cannot express", code="unsupported_tokenizer"
+            )
+    for step in steps:
         if step.get("type") == "Prepend" and step.get("prepend") == "\u2581":
             return True
         if step.get("type") == "Metaspace":
