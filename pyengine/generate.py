@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import Cancelled, ContextFull, InvalidArgument
-from pyengine.reasoning import ReasoningSplitter, reasoning_profile
+from pyengine.reasoning import ReasoningSplitter, overlap, reasoning_profile
 from pyengine.sampling import Sampler, SampleResult, SamplerSettings
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class StopMatcher:
             _, at, self.matched = min(hits)
             self._held = ""
             return text[:at]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        held = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -198,11 +198,6 @@ class StopMatcher:
         """The text still held back, once it is known that nothing follows."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of ``stop`` that ends ``text``."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 # ---- generation ----

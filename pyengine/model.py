@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -164,8 +163,7 @@ class Session:
 
     def clear_cancel(self) -> None:
         """Takes back a :meth:`cancel` that no eval has met."""
-        with contextlib.suppress(InvalidArgument):  # closed: nothing is left to take back
-            self._core.clear_cancel()
+        self._core.clear_cancel()
 
     def close(self) -> None:
         self._core.close()

@@ -113,7 +113,7 @@ class ReasoningSplitter:
             return text.rstrip("\n") if inside else text
         if final:
             return self._take(len(self._held))
-        end = len(self._held) - _overlap(self._held, CLOSER)
+        end = len(self._held) - overlap(self._held, CLOSER)
         return self._take(len(self._held[:end].rstrip("\n")) if inside else end)
 
     def _skip_blank_lines(self, final: bool) -> None:
@@ -125,8 +125,8 @@ class ReasoningSplitter:
             self._state = "answer"
 
 
-def _overlap(text: str, marker: str) -> int:
-    """Length of the longest proper beginning of ``marker`` that ends ``text``."""
+def overlap(text: str, marker: str) -> int:
+    """Length of the longest proper beginning of ``marker`` that ends ``text``: what a stream has to hold back."""
     return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)
 
 

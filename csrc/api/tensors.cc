@@ -12,6 +12,7 @@
 #include "base/text.h"
 #include "gguf/types.h"
 #include "kernels/kernels.h"
+#include "model/model.h"
 #include "quant/formats.h"
 #include "quant/quantise.h"
 #include "runtime/thread_pool.h"
@@ -77,11 +78,7 @@ pe_status pe_tier_active(const char** out) {
   return guarded([&] {
     not_null(out, "out") = nullptr;
     Tier tier;
-    const char* wanted = nullptr;
-    if (!kernels_active(&tier, &wanted))
-      throw Error(Status::kCpu, "tier_unavailable",
-                  "PYENGINE_ISA asks for \"" + printable(wanted) + "\", which this processor or build lacks",
-                  "PYENGINE_ISA");
+    active_kernels(&tier);
     *out = tier_name(tier);
   });
 }

@@ -314,7 +314,9 @@ class Session {
   void cancel() {
     if (handle_) pe_session_cancel(handle_->raw);
   }
-  void clear_cancel() { pe_session_clear_cancel(handle()->raw); }
+  void clear_cancel() {
+    if (handle_) pe_session_clear_cancel(handle_->raw);
+  }
 
  private:
   const std::shared_ptr<SessionHandle>& handle() const {

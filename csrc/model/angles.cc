@@ -4,7 +4,6 @@
 #include <array>
 #include <bit>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <string>
 
@@ -138,13 +137,6 @@ void yarn(const RopeSpec& spec, std::vector<double>& inv_freq) {
   }
 }
 
-// The factors may lie in a file, at any address.
-double freq_factor(const float* factors, size_t i) {
-  float x;
-  std::memcpy(&x, reinterpret_cast<const char*>(factors) + i * sizeof x, sizeof x);
-  return x;
-}
-
 }  // namespace
 
 double natural_log(double x) {
@@ -178,7 +170,7 @@ std::vector<double> rope_inv_freq(const RopeSpec& spec) {
   if (spec.scaling == RopeScaling::kYarn) yarn(spec, inv_freq);
   for (size_t i = 0; i < inv_freq.size(); ++i) {
     if (spec.scaling == RopeScaling::kLinear) inv_freq[i] /= spec.factor;
-    if (spec.freq_factors) inv_freq[i] /= freq_factor(spec.freq_factors, i);
+    if (spec.freq_factors) inv_freq[i] /= spec.freq_factors[i];
     if (!positive_normal(inv_freq[i])) bad("every frequency must be positive and finite", inv_freq[i]);
   }
   return inv_freq;

@@ -6,12 +6,9 @@
 
 namespace pe {
 
-namespace {
-
-const KernelTable& active_kernels() {
+const KernelTable& active_kernels(Tier* tier) {
   const char* wanted = nullptr;
-  Tier tier;
-  const KernelTable* table = kernels_active(&tier, &wanted);
+  const KernelTable* table = kernels_active(tier, &wanted);
   if (table) return *table;
   std::string have;
   for (int i = 0; i < kTiers; ++i)
@@ -23,12 +20,11 @@ const KernelTable& active_kernels() {
       "PYENGINE_ISA");
 }
 
-}  // namespace
-
 std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOptions& options) {
   const FpEnv fp_env;  // rope frequencies are computed here
   const std::shared_ptr<Model> m(new Model);
-  m->kernels_ = &active_kernels();
+  Tier tier;
+  m->kernels_ = &active_kernels(&tier);
   const auto report = [&options](float fraction) {
     if (options.progress && options.progress(fraction))
       throw Error(Status::kCancelled, "cancelled", "opening the model was cancelled");

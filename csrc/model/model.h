@@ -17,6 +17,9 @@ struct ModelOptions {
   std::function<bool(float)> progress;  // 0..1; true stops with Error kCancelled
 };
 
+// The kernels in use, and their tier. Throws Error kCpu when PYENGINE_ISA names a tier that is unknown or absent.
+const KernelTable& active_kernels(Tier* tier);
+
 class Model {
  public:
   // Throws Error: kIo, kFormat, kUnsupported, kMemory, kCancelled, kCpu.

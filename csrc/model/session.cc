@@ -112,8 +112,10 @@ void Session::eval(const int32_t* tokens, size_t n, Want want, float* logits) {
     eval_chunk(tokens + done, m, first_row, rows);
     if (rows && !model_->kernels().all_finite(rows, (m - first_row) * n_vocab)) {
       tokens_.resize(before);
-      throw Error(Status::kNumeric, "not_finite",
-                  "the logits contain NaN or infinity: the weights in this file are damaged; download it again");
+      throw Error(
+          Status::kNumeric, "not_finite",
+          "the logits contain NaN or infinity: the weights in this file are damaged (download it again), or its keys "
+          "overflow a 16-bit cache (try an F32 one)");
     }
     done += m;
   }

@@ -1,6 +1,5 @@
 #include "model/weights.h"
 
-#include <cstring>
 #include <set>
 #include <string>
 
@@ -35,7 +34,6 @@ class Binder {
     return out;
   }
 
-  // An F32 vector, copied: small, and aligned whatever the file's alignment is.
   Vector vector(const std::string& name, size_t n) {
     const gguf::TensorInfo& t = need(name, n, 1);
     if (t.type != static_cast<uint32_t>(format_info(Format::F32).type))
@@ -43,9 +41,7 @@ class Binder {
                   "the tensor " + printable(name) + " has type " + gguf::type_name(t.type) +
                       "; norms, biases and factors must be F32",
                   name, t.entry);
-    Vector out(n);
-    std::memcpy(out.data(), t.data, n * sizeof(float));
-    return out;
+    return {reinterpret_cast<const float*>(t.data), n};
   }
 
   Vector vector(const std::string& name, size_t n, ArchSpec::Presence presence) {

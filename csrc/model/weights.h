@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -21,8 +22,8 @@ struct Tensor {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Norms and biases are small and read by every token: aligned private copies. Empty where the model has none.
-using Vector = std::vector<float>;
+// Norms, biases, factors: F32 in the file. The reader demands an alignment of 8 at least. Empty where there is none.
+using Vector = std::span<const float>;
 
 struct LayerWeights {
   Vector attn_norm;       // [n_embd]

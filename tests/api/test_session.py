@@ -69,6 +69,20 @@ def test_logits_do_not_depend_on_where_the_cache_is_hit(name: str) -> None:
 
 
 @needs_data
+def test_logits_are_the_same_for_every_chunk_size_and_every_cache_hit_point() -> None:
+    with Model.open(DATA / "gguf" / FILES[5]) as model, model.session(n_ctx=320, threads=2) as session:
+        expected = session.eval(PROMPT).tobytes()
+        for chunk in range(1, len(PROMPT) + 1):
+            with model.session(n_ctx=320, threads=1 + chunk % 4, chunk=chunk) as other:
+                assert other.eval(PROMPT).tobytes() == expected, f"chunks of {chunk}"
+        for cut in range(1, len(PROMPT)):
+            session.truncate(0)
+            session.prefill([*PROMPT[:cut], 499 - PROMPT[cut]])  # no id is its own mirror image
+            assert session.reuse(PROMPT) == cut
+            assert session.eval(PROMPT[cut:]).tobytes() == expected, f"cache hit after {cut} tokens"
+
+
+@needs_data
 def test_logits_do_not_depend_on_mapping_or_copying() -> None:
     path = DATA / "gguf" / FILES[5]
     with Model.open(path) as mapped, Model.open(path, copy=True) as copied:

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import pytest
 
 import pyengine
+from pyengine_convert.convert import convert
+from tests.convert.checkpoints import STORIES
 from tests.support import DATA, needs_data
 
 pytestmark = [pytest.mark.peer, needs_data]
-llama_cpp = pytest.importorskip("llama_cpp")
 
 WINDOW = 256  # tokens per window, BOS first
 WINDOWS = 12
@@ -57,6 +58,8 @@ def windows(model: pyengine.Model) -> list[list[int]]:
 
 
 def theirs(path: Path, batches: list[list[int]]) -> Iterator[Rows]:
+    import llama_cpp  # not in any extra: make test-peers installs it
+
     llm = llama_cpp.Llama(str(path), n_ctx=WINDOW, n_batch=WINDOW, logits_all=True, n_threads=2, verbose=False)
     for ids in batches:
         llm.reset()
@@ -65,9 +68,8 @@ def theirs(path: Path, batches: list[list[int]]) -> Iterator[Rows]:
     llm.close()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_logits_agree_as_closely_as_two_roundings_allow(name: str, record_property: pytest.FixtureRequest) -> None:
-    path = DATA / "gguf" / name
+def compare(path: Path) -> tuple[float, float]:
+    """(mean KL divergence from llama.cpp's distribution to ours, argmax agreement), teacher-forced; prints both."""
     divergence, agreed, total, ours_nll, theirs_nll = 0.0, 0, 0, 0.0, 0.0
     with pyengine.Model.open(path) as model, model.session(n_ctx=WINDOW, threads=2) as session:
         batches = windows(model)
@@ -81,12 +83,40 @@ def test_logits_agree_as_closely_as_two_roundings_allow(name: str, record_proper
             at = np.arange(len(targets))
             ours_nll -= float(our_rows[at, targets].sum())
             theirs_nll -= float(their_rows[at, targets].sum())
-    mean, top1 = divergence / total, agreed / total
     n = total - WINDOWS
     print(
-        f"\n{name}: mean KLD {mean:.2e}, argmax agreement {100 * top1:.2f} % of {total}, "
+        f"\n{path.name}: mean KLD {divergence / total:.2e}, argmax agreement {100 * agreed / total:.2f} % of {total}, "
         f"perplexity {np.exp(ours_nll / n):.4f} here, {np.exp(theirs_nll / n):.4f} there",
         file=sys.stderr,
     )
+    return divergence / total, agreed / total
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_logits_agree_as_closely_as_two_roundings_allow(name: str) -> None:
+    mean, top1 = compare(DATA / "gguf" / name)
     assert mean <= MAX_KLD
     assert top1 >= 0.97
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", STORIES)
+def test_files_of_our_converter_load_there_and_mean_the_same(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}-{kind}.gguf"
+    convert(DATA / "models" / name, path, kind)
+    mean, top1 = compare(path)
+    assert mean <= (1e-5 if kind == "f32" else MAX_KLD)
+    assert top1 >= 0.97
+
+
+def test_the_demo_model_loads_there() -> None:
+    import llama_cpp
+
+    path = pyengine.demo_model_path()
+    with pyengine.Model.open(path) as model, model.session(n_ctx=64, threads=1) as session:
+        ids = model.tokenizer.encode("What is 12 + 30?")
+        ours = session.eval(ids)
+    llm = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, n_threads=1, verbose=False)
+    llm.eval(ids)
+    assert int(np.argmax(llm.scores[len(ids) - 1])) == int(np.argmax(ours))
+    llm.close()
