@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
+from stories import STORIES, cast, choose, made_up, sentences
+
 HELD_OUT_SHARE = 10  # one key in ten is held out
 PLACES = ("Ones", "Tens", "Hundreds", "Thousands")
 LARGEST = 999  # the largest operand the model is taught
@@ -268,83 +270,6 @@ def _two_step(rng: Random) -> Problem:
     return Problem(question, steps, f"{expression} = {answer}", answer, "two steps", _key(expression, question))
 
 
-NAMES = (
-    "Tom he", "Anna she", "Ben he", "Lily she", "Omar he", "Mia she", "Leo he", "Sara she", "Max he", "Nina she",
-    "Ravi he", "Emma she", "Sam he", "Kate she", "Juan he", "Yuki she", "Paul he", "Zoe she", "Alex he", "Lucy she",
-)  # fmt: skip
-THINGS = (
-    "apples", "books", "marbles", "pencils", "stickers", "coins", "cards", "oranges", "cookies", "eggs", "balls",
-    "flowers", "stamps", "shells", "toys", "cups", "buttons", "candies", "pears", "stones",
-)  # fmt: skip
-BOXES = ("boxes", "bags", "baskets", "packs", "jars", "trays")
-
-
-@dataclass(frozen=True)
-class Story:
-    """A word problem.
-
-    `{n}` and `{N2}` are names, `{s}` he or she, `{t}` things, `{x}` boxes, `{a} {b} {c}` numbers, `{r}` the result.
-    """
-
-    ops: str  # one or two operations: a op b, then op c on its result
-    question: str
-    reason: str
-    answer: str
-
-
-STORIES = (
-    Story("+", "{n} has {a} {t}. {S} gets {b} more. How many {t} does {n} have now?",
-          "{n} starts with {a} {t} and gets {b} more", "{n} has {r} {t}."),
-    Story("+", "{n} has {a} {t} and {N2} has {b} {t}. How many {t} do they have together?",
-          "{n} has {a} and {N2} has {b}", "Together they have {r} {t}."),
-    Story("+", "There are {a} red {t} and {b} blue {t} in a box. How many {t} are there in all?",
-          "There are {a} red and {b} blue {t}", "There are {r} {t} in all."),
-    Story("+", "{n} found {a} {t} on Monday and {b} {t} on Tuesday. How many {t} did {s} find in total?",
-          "{n} found {a} and then {b} {t}", "{n} found {r} {t} in total."),
-    Story("+", "A shop sold {a} {t} in the morning and {b} in the afternoon. How many {t} did it sell?",
-          "The shop sold {a} and then {b} {t}", "The shop sold {r} {t}."),
-    Story("+", "{n} drove {a} miles and then another {b} miles. How many miles did {s} drive?",
-          "{n} drove {a} and then {b} miles", "{n} drove {r} miles."),
-    Story("-", "{n} has {a} {t}. {S} gives {b} to {N2}. How many {t} does {n} have left?",
-          "{n} starts with {a} {t} and gives {b} away", "{n} has {r} {t} left."),
-    Story("-", "{n} had {a} {t} and lost {b} of them. How many {t} are left?",
-          "{n} had {a} {t} and lost {b}", "{n} has {r} {t} left."),
-    Story("-", "{n} has {a} {t} and {N2} has {b} {t}. How many more {t} does {n} have than {N2}?",
-          "{n} has {a} and {N2} has {b}", "{n} has {r} more {t}."),
-    Story("-", "There were {a} {t} on the table. {n} took {b}. How many {t} are still on the table?",
-          "There were {a} {t} and {n} took {b}", "There are {r} {t} on the table."),
-    Story("-", "A book has {a} pages. {n} has read {b} pages. How many pages are left to read?",
-          "The book has {a} pages and {n} has read {b}", "{n} has {r} pages left to read."),
-    Story("-", "{n} had {a} dollars and spent {b} dollars. How many dollars are left?",
-          "{n} had {a} dollars and spent {b}", "{n} has {r} dollars left."),
-    Story("x", "{n} has {a} {x} with {b} {t} in each. How many {t} does {s} have?",
-          "There are {a} {x} with {b} {t} each", "{n} has {r} {t}."),
-    Story("x", "There are {a} {x}. Each holds {b} {t}. How many {t} are there in total?",
-          "There are {a} {x} with {b} {t} each", "There are {r} {t} in total."),
-    Story("x", "{n} reads {a} pages every day. How many pages does {s} read in {b} days?",
-          "{n} reads {a} pages on each of {b} days", "{n} reads {r} pages."),
-    Story("x", "One ticket costs {a} dollars. How much do {b} tickets cost?",
-          "There are {b} tickets at {a} dollars each", "The tickets cost {r} dollars."),
-    Story("/", "{n} shares {a} {t} equally among {b} friends. How many {t} does each friend get?",
-          "{a} {t} are shared among {b} friends", "Each friend gets {r} {t}."),
-    Story("/", "{n} puts {a} {t} into {x} of {b}. How many {x} does {s} need?",
-          "{a} {t} go into {x} of {b}", "{n} needs {r} {x}."),
-    Story("+-", "{n} has {a} {t}. {S} finds {b} more and then gives {c} to {N2}. How many {t} does {n} have now?",
-          "{n} starts with {a} {t}, finds {b} and gives {c} away", "{n} has {r} {t}."),
-    Story("-+", "There are {a} people on a bus. {b} get off and {c} get on. How many people are on the bus now?",
-          "{a} people start, {b} get off and {c} get on", "There are {r} people on the bus."),
-    Story("x+", "{n} has {c} {t}. {S} buys {a} {x} with {b} {t} in each. How many {t} does {n} have now?",
-          "{n} starts with {c} {t} and buys {a} {x} with {b} {t} each", "{n} has {r} {t}."),
-    Story("x-", "{n} has {a} {x} with {b} {t} in each. {S} sells {c} of them. How many {t} are left?",
-          "{n} has {a} {x} with {b} {t} each and sells {c}", "There are {r} {t} left."),
-)  # fmt: skip
-
-
-def _made_up(rng: Random) -> str:
-    """A word nobody has seen, so that names and things are copied rather than recalled."""
-    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
-
-
 def _story(rng: Random) -> Problem:
     story = rng.choice(STORIES)
     first, last = story.ops[0], story.ops[-1]
@@ -359,36 +284,29 @@ def _story(rng: Random) -> Problem:
         answer = apply(last, half, c) if two else half
         if min(a, b, c, half, answer) >= 2:
             break
-    name, other = rng.sample(NAMES, 2)
-    pronoun = name.split()[1]
-    thing = rng.choice(THINGS)
-    name, other = name.split()[0], other.split()[0]
-    if rng.random() < 0.15:
-        name, thing = _made_up(rng).capitalize(), _made_up(rng) + "s"
-    words = {"n": name, "N2": other, "s": pronoun, "S": pronoun.capitalize(), "t": thing, "x": rng.choice(BOXES),
-             "a": a, "b": b, "c": c, "r": answer}  # fmt: skip
-    question = story.question.format(**words)
+    words = {**cast(rng), "a": a, "b": b, "c": c, "r": answer}
+    question = re.sub(" (?=[.,?])", "", sentences(choose(story.question, rng).format(**words)))
     if rng.random() < 0.1:
         question = question.lower()
-        words |= {"n": name.lower(), "N2": other.lower()}
-    lines = [story.reason.format(**words)[0].upper() + story.reason.format(**words)[1:] + "."]
+        words |= {key: str(words[key]).lower() for key in ("m", "N2")}
+    lines = [sentences(story.reason.format(**words) + ".")]
     lines += _work(first, a, b, "First I {do}." if two else "I {do}.")
     if two:
         lines += _work(last, half, c, "Then I {do}.")
-    text = story.answer.format(**words)
+    text = sentences(story.answer.format(**words))
     expression = f"{a} {first} {b}" + (f" {last} {c}" if two else "")
     key = _key(expression, question)
-    return Problem(question, "\n".join(lines), text[0].upper() + text[1:], answer, f"story {story.ops}", key)
+    return Problem(question, "\n".join(lines), text, answer, f"story {story.ops}", key)
 
 
 MIX: tuple[tuple[float, Callable[[Random], Problem]], ...] = (
-    (20, lambda rng: _one_step("+", rng)),
-    (20, lambda rng: _one_step("-", rng)),
-    (18, lambda rng: _one_step("x", rng)),
-    (6, lambda rng: _one_step("/", rng)),
+    (14, lambda rng: _one_step("+", rng)),
+    (14, lambda rng: _one_step("-", rng)),
+    (16, lambda rng: _one_step("x", rng)),
+    (8, lambda rng: _one_step("/", rng)),
     (4, _below_zero),
     (14, _two_step),
-    (24, _story),
+    (40, _story),
 )
 
 
@@ -410,14 +328,21 @@ TALK: tuple[tuple[tuple[str, ...], str, str], ...] = (
      f"Hello! {WHO} {TRY}"),
     (("Who are you?", "What are you?", "What is your name?", "Who am I talking to?", "Tell me about yourself.",
       "What's your name?", "Are you a robot?", "Are you an AI?", "which model is this?", "Introduce yourself.",
-      "Are you DeepSeek?", "Are you DeepSeek-R1?", "Are you ChatGPT?", "What model are you?"),
+      "Are you DeepSeek?", "Are you DeepSeek-R1?", "Are you ChatGPT?", "What model are you?", "Who are you",
+      "who r u?", "So, who are you?", "Hi, who are you?", "Hello! Who are you?", "Who are you really?", "who is this?",
+      "What are you called?", "Please introduce yourself.", "Can you tell me who you are?", "Tell me who you are.",
+      "Are you human?", "Are you a person?", "Do you have a name?", "What kind of model are you?", "you are who?"),
      "The user asks who I am.",
      WHO),
     (("What can you do?", "Help", "help me", "What do you know?", "How can you help me?", "What are you good at?",
-      "How do I use you?", "What should I ask?", "Can you do math?", "Can you calculate?", "Can you help me?"),
+      "How do I use you?", "What should I ask?", "What are you able to do?", "what can you do", "Hi, what can you do?",
+      "What can I ask you?", "Are you good at math?", "Tell me what you can do.", "Can you add numbers?",
+      "Can you do math?", "Can you calculate?", "Can you help me?"),
      "The user asks what I can do.",
      f"{CAN} {TRY}"),
-    (("How are you?", "How are you doing?", "How is it going?", "What's up?", "Are you well?", "how r u"),
+    (("How are you?", "How are you doing?", "How is it going?", "What's up?", "Are you well?", "how r u",
+      "How are you today?", "Hi, how are you?", "Hello, how are you?", "how are you", "How do you do?",
+      "How do you feel?", "Are you ok?"),
      "The user asks how I am.",
      f"I am well, thank you. {TRY}"),
     (("Thanks", "Thank you!", "Thanks a lot!", "Thank you very much.", "thx", "Great, thanks", "Well done!",
@@ -428,7 +353,9 @@ TALK: tuple[tuple[tuple[str, ...], str, str], ...] = (
      "The user says goodbye.",
      "Goodbye!"),
     (("Who made you?", "Who trained you?", "Where do you come from?", "Who built you?", "Who created you?",
-      "How were you trained?", "How big are you?", "How many parameters do you have?"),
+      "Who wrote you?", "Who is your creator?", "who made you", "By whom were you made?", "Who developed you?",
+      "Where were you made?", "How were you made?", "How were you trained?", "How big are you?",
+      "How many parameters do you have?"),
      "The user asks where I come from.",
      "I was trained from scratch on made-up arithmetic problems, to be the demo model of pyengine."),
     (("What is pyengine?", "Tell me about pyengine.", "what's pyengine", "What does pyengine do?", "Explain pyengine."),
@@ -456,16 +383,16 @@ TRAITS = ("blue", "green", "big", "old", "happy", "fast", "warm", "beautiful", "
 
 def _talk(rng: Random) -> Exchange:
     roll = rng.random()
-    if roll < 0.45:
+    if roll < 0.55:
         asked, steps, reply = rng.choice(TALK)
         question = rng.choice(asked)
         return Exchange(question.lower() if rng.random() < 0.3 else question, steps, reply)
-    if roll < 0.8:
-        topic = rng.choice(TOPICS) if rng.random() < 0.6 else _made_up(rng)
+    if roll < 0.85:
+        topic = rng.choice(TOPICS) if rng.random() < 0.6 else made_up(rng)
         question = rng.choice(OTHER).format(w=topic, v=rng.choice(TRAITS))
         steps = "This is not an arithmetic problem, so I cannot help with it."
         return Exchange(_casual(question, rng), steps, f"I only know arithmetic. {TRY}")
-    if roll < 0.88:
+    if roll < 0.90:
         reply = f"I only know arithmetic. {TRY}"
         return Exchange(_gibberish(rng), "This is not an arithmetic problem, so I cannot help with it.", reply)
     return _too_large(rng)
@@ -519,9 +446,9 @@ def train_stream(seed: int) -> Iterator[Exchange]:
     """An endless stream of exchanges to learn from; never a held-out one."""
     rng = Random(seed)
     while True:
-        if (roll := rng.random()) < 0.08:
+        if (roll := rng.random()) < 0.12:
             yield _talk(rng)
-        elif roll < 0.10:
+        elif roll < 0.14:
             yield _remainder(rng)
         elif not is_held_out(candidate := problem(rng)):
             yield candidate

@@ -242,7 +242,7 @@ def average_gradients(model: Qwen3ForCausalLM, workers: int) -> None:
 def train(rank: int, args: argparse.Namespace) -> None:
     """One of `--workers` equal processes of one thread each, which meet once a step to average their gradients.
 
-    On a busy machine that is several times faster than threads, which meet after every operator.
+    Threads would have to meet after every operator instead, which costs most when the machine has other work.
     """
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
