@@ -12,7 +12,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 .PHONY: run test test-peers lint format sanitize bench wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
-	$(BIN)/pyengine-run --demo "$(PROMPT)" < /dev/null
+	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
 
 test: $(VENV)/.test  ## the whole suite
 	PYENGINE_CHECKS_DIR=build/checks $(BIN)/python -m pytest $(PYTEST_ARGS)
