@@ -35,9 +35,12 @@ format: $(VENV)/.test
 sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer + UndefinedBehaviorSanitizer, the pool under ThreadSanitizer
 	$(BIN)/cmake -S . -B build/asan -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/asan
+	build/asan/checks/kernel_check --shapes 40
+	build/asan/checks/ops_check
+	build/asan/checks/pool_check
+	PYENGINE_CHECKS_DIR=build/asan/checks $(BIN)/python -m pytest tests/gguf -k "damage or cut or copying or typed"
 	$(BIN)/cmake -S . -B build/tsan -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_SANITIZE=thread
 	$(BIN)/cmake --build build/tsan --target pool_check
-	PYENGINE_CHECKS_DIR=build/asan/checks $(BIN)/python -m pytest tests/kernels tests/gguf -k check
 	build/tsan/checks/pool_check
 
 bench: $(VENV)/.test  ## kernels against the machine's limits
