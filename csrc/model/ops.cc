@@ -7,8 +7,11 @@ namespace pe {
 
 namespace {
 
-// Rows of a matrix that one task computes: small enough to share a decode step evenly, a multiple of every kernel's tile.
-constexpr size_t kTaskRows = 32;
+// One token: rows of a task, whole tiles. Kernels fetch the rows they come to next, so a thread reads at full speed as long
+// as it goes straight on; each jump to another task starts cold. Long tasks cost balance at the end: kTasksPerThread.
+constexpr size_t kTaskRowsMin = 32;
+constexpr size_t kTaskRowsMax = 384;
+constexpr size_t kTasksPerThread = 8;
 // With many tokens a task is up to kTaskRowsBatch rows, whole tiles, and about kTaskWork multiplications: a cancel is
 // polled between tasks, and the slowest scalar kernel takes 0.15 s for one.
 constexpr size_t kTaskRowsBatch = 64;
@@ -27,8 +30,12 @@ const Scratch::Rows& act_rows(const Batch& b, Act act) {
   return act == Act::F32 ? b.layout.h : b.layout.act[static_cast<int>(act)];
 }
 
-size_t task_rows(size_t cols, size_t tokens) {
-  if (tokens == 1) return kTaskRows;
+// Rows of a task of an operation with `rows` outputs.
+size_t task_rows(const Team& team, size_t rows, size_t cols, size_t tokens) {
+  if (tokens == 1) {
+    const size_t even = rows / (kTasksPerThread * team.size()) / kTileRows * kTileRows;
+    return std::clamp(even, kTaskRowsMin, kTaskRowsMax);
+  }
   return std::clamp(kTaskWork / (cols * tokens) / kTileRows * kTileRows, kTileRows, kTaskRowsBatch);
 }
 
@@ -162,7 +169,9 @@ void quantise(Team& team, Batch& b, size_t n, unsigned acts) {
 }
 
 void linear(Team& team, Batch& b, const Job* jobs, size_t count) {
-  const size_t step = task_rows(jobs[0].w->cols, b.n);  // all jobs read h: they have the same columns
+  size_t rows = 0;
+  for (size_t j = 0; j < count; ++j) rows += jobs[j].w->rows;
+  const size_t step = task_rows(team, rows, jobs[0].w->cols, b.n);  // all jobs read h: they have the same columns
   size_t tasks = 0;
   for (size_t j = 0; j < count; ++j) tasks += ceil_div(jobs[j].w->rows, step);
   each(team, tasks, [&](size_t task) {
@@ -220,7 +229,7 @@ void silu_mul(Team& team, Batch& b, unsigned acts) {
 
 void logits(Team& team, Batch& b) {
   const Tensor& w = b.weights.output;
-  const size_t step = task_rows(w.cols, b.n - b.first_row);
+  const size_t step = task_rows(team, w.rows, w.cols, b.n - b.first_row);
   each(team, ceil_div(w.rows, step), [&](size_t task) {
     if (cancelled(b)) return;
     linear_rows(b, w, task * step, std::min(task * step + step, w.rows), b.first_row, b.logits, b.config.n_vocab);
