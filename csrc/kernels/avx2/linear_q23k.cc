@@ -211,22 +211,26 @@ struct Q3_K {
     }
   }
 
+  // The codes in qs[16 kP ..] of rows kR and kR + 4. kP is no variable, so that shifts are constants.
+  template <int kR, int kP>
+  static __m256i dot_part(const uint8_t* const rows[8], size_t at, const int8_t* q, const __m256i scale[16]) {
+    const __m256i packed = two_rows(rows, kR, at + offsetof(Block, qs) + 16 * kP);
+    const __m256i high = two_rows(rows, kR, at + offsetof(Block, hmask) + 16 * (kP % 2));
+    __m256i whole = _mm256_setzero_si256();
+    for (int s = 0; s < 4; ++s) {
+      const int j = sub_block(kP, s);
+      const __m256i codes = _mm256_or_si256(crumb(packed, s), third_bit(high, 4 * (kP / 2) + s));
+      const __m256i products = _mm256_maddubs_epi16(codes, broadcast128(q + 16 * j));
+      whole = _mm256_add_epi32(whole, _mm256_madd_epi16(products, of_rows<kR>(scale[j])));
+    }
+    return whole;
+  }
+
   // Rows kR and kR + 4 against q (from the block on): four int32 each, of codes 0 .. 7.
   template <int kR>
   static __m256i dot_rows(const uint8_t* const rows[8], size_t at, const int8_t* q, const __m256i scale[16]) {
-    __m256i whole = _mm256_setzero_si256();
-    const __m256i high[2] = {two_rows(rows, kR, at + offsetof(Block, hmask)),
-                             two_rows(rows, kR, at + offsetof(Block, hmask) + 16)};
-    for (int p = 0; p < 4; ++p) {
-      const __m256i packed = two_rows(rows, kR, at + offsetof(Block, qs) + 16 * static_cast<size_t>(p));
-      for (int s = 0; s < 4; ++s) {
-        const int j = sub_block(p, s);
-        const __m256i codes = _mm256_or_si256(crumb(packed, s), third_bit(high[p % 2], 4 * (p / 2) + s));
-        const __m256i products = _mm256_maddubs_epi16(codes, broadcast128(q + 16 * j));
-        whole = _mm256_add_epi32(whole, _mm256_madd_epi16(products, of_rows<kR>(scale[j])));
-      }
-    }
-    return whole;
+    return _mm256_add_epi32(_mm256_add_epi32(dot_part<kR, 0>(rows, at, q, scale), dot_part<kR, 1>(rows, at, q, scale)),
+                            _mm256_add_epi32(dot_part<kR, 2>(rows, at, q, scale), dot_part<kR, 3>(rows, at, q, scale)));
   }
 
   static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
