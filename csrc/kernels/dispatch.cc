@@ -27,6 +27,9 @@ struct Tables {
       avx2_linear_float(&kernels);
       avx2_linear_q32(&kernels);
       avx2_linear_q256(&kernels);
+      avx2_linear_q5(&kernels);
+      avx2_linear_q23k(&kernels);
+      avx2_linear_iq4(&kernels);
       avx2_ops(&kernels);
       avx2_attention(&kernels);
       set(Tier::kAvx2, kernels);

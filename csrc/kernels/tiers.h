@@ -14,6 +14,9 @@ void avx2_linear_act(KernelTable* table);    // quantise_act
 void avx2_linear_float(KernelTable* table);  // F32, F16, BF16
 void avx2_linear_q32(KernelTable* table);    // Q4_0, Q8_0
 void avx2_linear_q256(KernelTable* table);   // Q4_K, Q5_K, Q6_K
+void avx2_linear_q5(KernelTable* table);     // Q4_1, Q5_0, Q5_1
+void avx2_linear_q23k(KernelTable* table);   // Q2_K, Q3_K
+void avx2_linear_iq4(KernelTable* table);    // IQ4_NL, IQ4_XS
 void avx2_ops(KernelTable* table);
 void avx2_attention(KernelTable* table);
 

@@ -6,13 +6,6 @@
 namespace pe {
 namespace {
 
-// Bytes `low` and `high` of each dword as a pair of int16, zero-extended.
-inline __m256i byte_pair(__m256i v, int low, int high) {
-  const int control = low | high << 16 | static_cast<int>(0x80008000u);
-  const __m256i dword = _mm256_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004, 0x00080008, 0x000c000c);
-  return _mm256_shuffle_epi8(v, _mm256_add_epi32(_mm256_set1_epi32(control), dword));
-}
-
 // The eight 6-bit scales and minima of 8 rows, as pairs of int16 ready for vpmaddwd, and the rows' fp16 scales.
 struct ScalesK4 {
   __m256i scale[8];  // [sub-block]: per row (sc, sc)
@@ -37,14 +30,6 @@ inline void scales_k4(const uint8_t* const row[8], size_t at, ScalesK4* out) {
   const __m256i sorted = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v[0], order), 0xd8);
   out->d = _mm256_cvtph_ps(_mm256_castsi256_si128(sorted));
   out->dmin = _mm256_cvtph_ps(_mm256_extracti128_si256(sorted, 1));
-}
-
-// Sums of 16 consecutive activations, in order, of one block.
-inline __m256i sums16(const int16_t* sum) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  const __m256i packed =
-      _mm256_packs_epi32(_mm256_madd_epi16(load(sum), ones), _mm256_madd_epi16(load(sum + 16), ones));
-  return _mm256_permute4x64_epi64(packed, 0xd8);
 }
 
 // Sums of 32, as eight int16.

@@ -5,12 +5,6 @@
 namespace pe {
 namespace {
 
-// Starts the chains of a block at -8 * (sum of each lane's activations), which centres codes 0 .. 15 on 0.
-inline __m256i centre(const int16_t* sum, size_t block) {
-  const __m256i lanes = _mm256_add_epi16(broadcast32(sum + 4 * block), broadcast32(sum + 4 * block + 2));
-  return _mm256_mullo_epi16(lanes, _mm256_set1_epi16(-8));
-}
-
 struct Q4_0 {
   using Block = BlockQ4_0;
   static constexpr size_t kBlock = 32;
@@ -43,7 +37,7 @@ struct Q4_0 {
     }
     for (size_t b = 0; b < n; ++b) {
       __m256i sum[kTokens][2];
-      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = centre(x.sum[t], first + b);
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = centre(x.sum[t], first + b, 8);
       chain<kTokens, 8>(panel.codes[b][0], x.q, 32 * (first + b), sum);
       // a lane ends as 16 products of -8 .. 7 and +-127: at most 16256
       for (int t = 0; t < kTokens; ++t) {
@@ -66,12 +60,11 @@ struct Q4_0 {
       const size_t at = b * sizeof(Block);
       prefetch(ahead + 8 * at, 8 * sizeof(Block));
       // Rows r and r + 4 share a register; codes 0-15 of both meet q 0-15, codes 16-31 q 16-31.
-      const __m256i q0 = _mm256_broadcastsi128_si256(load128(x.q[0] + 32 * b));
-      const __m256i q1 = _mm256_broadcastsi128_si256(load128(x.q[0] + 32 * b + 16));
+      const __m256i q0 = broadcast128(x.q[0] + 32 * b);
+      const __m256i q1 = broadcast128(x.q[0] + 32 * b + 16);
       __m256i v[4];
       for (int r = 0; r < 4; ++r) {
-        const __m256i packed = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(rows[r] + at + 2)),
-                                                       load128(rows[r + 4] + at + 2), 1);
+        const __m256i packed = two_rows(rows, r, at + 2);
         const __m256i low = _mm256_maddubs_epi16(low_nibbles(packed), q0);
         const __m256i high = _mm256_maddubs_epi16(high_nibbles(packed), q1);
         v[r] = _mm256_madd_epi16(_mm256_add_epi16(low, high), ones);  // 8 products of 0 .. 15: within +-15240
@@ -129,7 +122,7 @@ struct Q8_0 {
   static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t n, float (*acc)[16]) {
     for (size_t b = 0; b < n; ++b) {
       __m256i sum[kTokens][2], whole[kTokens][2];
-      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = centre(x.sum[t], first + b);
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = centre(x.sum[t], first + b, 8);
       chain<kTokens, 8>(panel.high[b][0], x.q, 32 * (first + b), sum);  // ends within +-16256
       for (int t = 0; t < kTokens; ++t) {
         for (int h = 0; h < 2; ++h) {

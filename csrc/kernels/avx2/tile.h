@@ -29,6 +29,8 @@ constexpr size_t kBatch = 96;  // tokens that meet a panel before the next is de
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+// 16 bytes, in both halves.
+inline __m256i broadcast128(const void* p) { return _mm256_broadcastsi128_si256(load128(p)); }
 inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 inline __m256i broadcast32(const void* p) {
   int32_t v;
@@ -48,18 +50,28 @@ inline void pin(__m256i& v) {
 #endif
 }
 
+// 16 bytes of rows r and r + 4, in one half each.
+inline __m256i two_rows(const uint8_t* const row[8], int r, size_t at) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row[r] + at)), load128(row[r + 4] + at), 1);
+}
+
 // 16 bytes from each of 8 rows -> out[s]: bytes 4 s .. 4 s + 3 of rows 0 .. 7.
 inline void transpose16(const uint8_t* const row[8], size_t at, __m256i out[4]) {
   __m256i v[4];
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row[i] + at)), load128(row[i + 4] + at), 1);
-  }
+  for (int i = 0; i < 4; ++i) v[i] = two_rows(row, i, at);
   const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
   const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
   out[0] = _mm256_unpacklo_epi64(a, b);
   out[1] = _mm256_unpackhi_epi64(a, b);
   out[2] = _mm256_unpacklo_epi64(c, d);
   out[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+// Bytes `low` and `high` of each dword as a pair of int16, zero-extended.
+inline __m256i byte_pair(__m256i v, int low, int high) {
+  const int control = low | high << 16 | static_cast<int>(0x80008000u);
+  const __m256i dword = _mm256_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004, 0x00080008, 0x000c000c);
+  return _mm256_shuffle_epi8(v, _mm256_add_epi32(_mm256_set1_epi32(control), dword));
 }
 
 // The fp16 at byte `at` of 8 rows, as float.
@@ -69,6 +81,12 @@ inline __m256 load_f16(const uint8_t* const row[8], size_t at) {
   return _mm256_cvtph_ps(_mm_setr_epi16(static_cast<short>(h[0]), static_cast<short>(h[1]), static_cast<short>(h[2]),
                                         static_cast<short>(h[3]), static_cast<short>(h[4]), static_cast<short>(h[5]),
                                         static_cast<short>(h[6]), static_cast<short>(h[7])));
+}
+
+// Starts the chains of a block of 32 at -offset * (sum of each lane's activations), which centres the codes on 0.
+inline __m256i centre(const int16_t* sum, size_t block, short offset) {
+  const __m256i lanes = _mm256_add_epi16(broadcast32(sum + 4 * block), broadcast32(sum + 4 * block + 2));
+  return _mm256_mullo_epi16(lanes, _mm256_set1_epi16(static_cast<short>(-offset)));
 }
 
 // kSteps steps of the panel times kTokens tokens, from q[t] on, added to sum[t][rows 0-7, rows 8-15].
@@ -110,6 +128,14 @@ inline __m256 subtract_term(__m256 acc, __m256 d, __m256 a, __m256i i) {
   return _mm256_fnmadd_ps(_mm256_mul_ps(d, a), _mm256_cvtepi32_ps(i), acc);
 }
 
+// Sums of 16 consecutive activations, in order, of one block of 256.
+inline __m256i sums16(const int16_t* sum) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i packed =
+      _mm256_packs_epi32(_mm256_madd_epi16(load(sum), ones), _mm256_madd_epi16(load(sum + 16), ones));
+  return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+
 // Asks for `bytes` bytes from p on, into the second-level cache. Eight rows are eight streams, too short for the
 // hardware to catch on before they end, so each group of rows fetches the next, in the order of the file. p may lie
 // past the end of the matrix: a prefetch reads nothing.
@@ -122,6 +148,11 @@ inline __m256i fold8(const __m256i v[8]) {
   const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
   const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
   return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// The same for rows r and r + 4 in the halves of v[r]: rows 0 .. 7.
+inline __m256i fold4(const __m256i v[4]) {
+  return _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
 }
 
 // Pointers to n rows from `row` on; the last row again where the matrix ends.
