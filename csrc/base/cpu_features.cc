@@ -50,12 +50,17 @@ uint64_t xcr0() {
 CpuFeatures detect() {
   constexpr uint32_t kFma = 1u << 12, kOsxsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;  // leaf 1, ecx
   constexpr uint32_t kAvx2 = 1u << 5;                                                          // leaf 7, ebx
+  constexpr uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;                      // F, DQ, BW, VL: ebx
+  constexpr uint32_t kVnni = 1u << 11;                                                         // leaf 7, ecx
   constexpr uint64_t kYmmState = 6;                                                            // xmm and upper ymm
+  constexpr uint64_t kZmmState = kYmmState | 0xe0;  // and masks, upper halves of zmm 0-15, zmm 16-31
   constexpr uint32_t kNeeded = kFma | kOsxsave | kAvx | kF16c;
   CpuFeatures f;
   if ((cpuid(1, 0).ecx & kNeeded) != kNeeded) return f;
   if ((xcr0() & kYmmState) != kYmmState) return f;
-  f.avx2 = (cpuid(7, 0).ebx & kAvx2) != 0;
+  const Registers leaf7 = cpuid(7, 0);
+  f.avx2 = (leaf7.ebx & kAvx2) != 0;
+  f.avx512 = f.avx2 && (leaf7.ebx & kAvx512) == kAvx512 && (leaf7.ecx & kVnni) != 0 && (xcr0() & kZmmState) == kZmmState;
   return f;
 }
 

@@ -9,7 +9,7 @@
 namespace pe {
 namespace {
 
-constexpr const char* kTierNames[kTiers] = {"scalar", "avx2"};
+constexpr const char* kTierNames[kTiers] = {"scalar", "avx2", "avx512"};
 
 struct Tables {
   KernelTable table[kTiers] = {};
@@ -33,6 +33,13 @@ struct Tables {
       avx2_ops(&kernels);
       avx2_attention(&kernels);
       set(Tier::kAvx2, kernels);
+    }
+#endif
+#ifdef PE_HAVE_AVX512
+    if (cpu_features().avx512) {
+      avx512_linear_q32(&kernels);
+      avx512_linear_q256(&kernels);
+      set(Tier::kAvx512, kernels);
     }
 #endif
   }

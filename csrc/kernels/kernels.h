@@ -28,11 +28,13 @@ inline constexpr int kActs = 3;
 //
 // One row of n activations, quantised once and shared by every linear operation that reads it. Memory of a row:
 //   Act::F32    float x[n]
-//   Act::Q32    int8_t q[n], float scale[n / 32],  int16_t sum[n / 8]      n: a multiple of 32
-//   Act::Q256   int8_t q[n], float scale[n / 256], int16_t sum[n / 8]      n: a multiple of 256
+//   Act::Q32    int8_t q[n], float scale[n / 32],  int16_t sum[n / 8], sum16[n / 16], sum32[n / 32]    n: a multiple of 32
+//   Act::Q256   int8_t q[n], float scale[n / 256], int16_t sum[n / 8], sum16[n / 16], sum32[n / 32]    n: a multiple of 256
 // each part padded to a multiple of 64 bytes, in that order. Each 16 values have two sums: sum[2 i] adds the q[16 i + j]
 // with j mod 4 in {0, 1}, sum[2 i + 1] those with j mod 4 in {2, 3}: where a kernel that adds products of neighbours in
-// int16 lanes starts those lanes. A row starts at a multiple of 64 bytes. Quantising a block of activations x:
+// int16 lanes starts those lanes. sum16[i] and sum32[i] add q[16 i ..] and q[32 i ..]: what an offset of the codes and
+// the minima of a sub-block are multiplied with. A row starts at a multiple of 64 bytes. Quantising a block of
+// activations x:
 //   amax = max |x| (a NaN anywhere makes the block a NaN block)
 //   amax == 0, or so small that 127 / amax overflows (amax < 127 / FLT_MAX): scale 0, all q 0
 //   amax infinite or NaN:                                                    scale NaN, all q 0
@@ -42,17 +44,21 @@ inline constexpr int kActs = 3;
 struct ActLayout {
   size_t scale_at;  // byte offset of scale[]
   size_t sum_at;    // byte offset of sum[]
+  size_t sum16_at;  // of sum16[]
+  size_t sum32_at;  // of sum32[]
   size_t bytes;     // of a whole row, a multiple of 64
 };
 
 static inline size_t pad64(size_t n) { return (n + 63) & ~static_cast<size_t>(63); }
 
 static inline ActLayout act_layout(Act act, size_t n) {
-  if (act == Act::F32) return {0, 0, pad64(4 * n)};
+  if (act == Act::F32) return {0, 0, 0, 0, pad64(4 * n)};
   const size_t block = act == Act::Q32 ? 32 : 256;
   const size_t scale_at = pad64(n);
   const size_t sum_at = scale_at + pad64(4 * (n / block));
-  return {scale_at, sum_at, sum_at + pad64(2 * (n / 8))};
+  const size_t sum16_at = sum_at + pad64(2 * (n / 8));
+  const size_t sum32_at = sum16_at + pad64(2 * (n / 16));
+  return {scale_at, sum_at, sum16_at, sum32_at, sum32_at + pad64(2 * (n / 32))};
 }
 
 // ---- linear: y[t][r] = sum over k of W[r][k] * x[t][k] ----
@@ -161,10 +167,10 @@ struct KernelTable {
 // ---- tiers ----
 
 // In ascending order of preference. A tier that is not compiled in, or that the processor lacks, keeps the one below.
-enum class Tier : int { kScalar, kAvx2, kCount };
+enum class Tier : int { kScalar, kAvx2, kAvx512, kCount };
 inline constexpr int kTiers = static_cast<int>(Tier::kCount);
 
-const char* tier_name(Tier tier);           // "scalar", "avx2"
+const char* tier_name(Tier tier);           // "scalar", "avx2", "avx512"
 bool tier_available(Tier tier);             // compiled in, and the processor and operating system have it
 const KernelTable* kernels_for(Tier tier);  // nullptr when not available
 // The best available tier, or the one named by PYENGINE_ISA. nullptr, with *wanted set to that name, when it names a tier

@@ -154,6 +154,8 @@ void check_act(const KernelTable& want, const KernelTable& got, Act act, const s
   bool equal = std::memcmp(row, mine, act == Act::F32 ? 4 * x.size() : x.size()) == 0;
   if (act != Act::F32) {
     equal = equal && std::memcmp(row + at.sum_at, mine + at.sum_at, 2 * (x.size() / 8)) == 0;
+    equal = equal && std::memcmp(row + at.sum16_at, mine + at.sum16_at, 2 * (x.size() / 16)) == 0;
+    equal = equal && std::memcmp(row + at.sum32_at, mine + at.sum32_at, 2 * (x.size() / 32)) == 0;
     for (size_t b = 0; b < x.size() / block; ++b) {
       const auto* a = reinterpret_cast<const float*>(row + at.scale_at);
       equal = equal && same(a[b], reinterpret_cast<const float*>(mine + at.scale_at)[b]);

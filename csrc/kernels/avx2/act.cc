@@ -39,6 +39,8 @@ void quantise_act(const float* x, size_t n, void* row) {
   int8_t* q = static_cast<int8_t*>(row);
   float* scale = reinterpret_cast<float*>(q + at.scale_at);
   uint8_t* sum = reinterpret_cast<uint8_t*>(q + at.sum_at);
+  uint8_t* sum16 = reinterpret_cast<uint8_t*>(q + at.sum16_at);
+  uint8_t* sum32 = reinterpret_cast<uint8_t*>(q + at.sum32_at);
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   for (size_t b = 0; b < n / kBlock; ++b) {
     const float* from = x + b * kBlock;
@@ -56,6 +58,8 @@ void quantise_act(const float* x, size_t n, void* row) {
       scale[b] = finite ? 0 : bits_float(0x7fc00000);
       memset(q + b * kBlock, 0, kBlock);
       memset(sum + b * kBlock / 4, 0, kBlock / 4);
+      memset(sum16 + b * kBlock / 8, 0, kBlock / 8);
+      memset(sum32 + b * kBlock / 16, 0, kBlock / 16);
       continue;
     }
     scale[b] = amax / 127;
@@ -64,6 +68,12 @@ void quantise_act(const float* x, size_t n, void* row) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + b * kBlock + k), v);
       const uint64_t sums = lane_sums(v);
       memcpy(sum + (b * kBlock + k) / 4, &sums, 8);
+      const auto first = static_cast<int16_t>(static_cast<int16_t>(sums) + static_cast<int16_t>(sums >> 16));
+      const auto second = static_cast<int16_t>(static_cast<int16_t>(sums >> 32) + static_cast<int16_t>(sums >> 48));
+      const auto both = static_cast<int16_t>(first + second);
+      memcpy(sum16 + (b * kBlock + k) / 8, &first, 2);
+      memcpy(sum16 + (b * kBlock + k) / 8 + 2, &second, 2);
+      memcpy(sum32 + (b * kBlock + k) / 16, &both, 2);
     }
   }
 }

@@ -242,6 +242,8 @@ void quantise_act(const float* x, size_t n, void* row) {
   int8_t* q = static_cast<int8_t*>(row);
   float* scale = reinterpret_cast<float*>(q + at.scale_at);
   int16_t* sum = reinterpret_cast<int16_t*>(q + at.sum_at);
+  int16_t* sum16 = reinterpret_cast<int16_t*>(q + at.sum16_at);
+  int16_t* sum32 = reinterpret_cast<int16_t*>(q + at.sum32_at);
   memset(sum, 0, 2 * (n / 8));
   for (size_t b = 0; b < n / kBlock; ++b) {
     float amax = 0;
@@ -263,6 +265,8 @@ void quantise_act(const float* x, size_t n, void* row) {
       sum[k / 16 * 2 + (k % 4 >= 2)] = static_cast<int16_t>(sum[k / 16 * 2 + (k % 4 >= 2)] + code);
     }
   }
+  for (size_t i = 0; i < n / 16; ++i) sum16[i] = static_cast<int16_t>(sum[2 * i] + sum[2 * i + 1]);
+  for (size_t i = 0; i < n / 32; ++i) sum32[i] = static_cast<int16_t>(sum16[2 * i] + sum16[2 * i + 1]);
 }
 
 // ---- linear ----

@@ -1,0 +1,302 @@
+// What the AVX-512 VNNI linear kernels share: codes of 16 rows in the lanes of a register, and the loops around.
+//
+// Weights are decoded 16 rows at a time. A step is 4 columns: one register, row r's four unsigned codes in dword r.
+// vpdpbusd multiplies a step with a token's 4 int8, broadcast from memory, and adds to 16 int32 sums, exactly. Codes are
+// unsigned, so a format with an offset subtracts offset * (sum of the activations) afterwards, from the sums that come with
+// the activations: one vpdpwssd where the scales are floats, a few per 256 columns where they are integers.
+//
+//   bound       one 512-bit vpdpbusd a cycle: 64 MAC/cycle; sub-blocks of 32 with an integer scale add vpmulld and
+//               vpaddd to 8 of them, blocks of 32 with a float scale two conversions and an fma
+//   registers   T int32 sums, T sums of sums (or floats), a step, and what the sub-block needs: T = 8 fits in 32
+//
+// Up to 8 tokens: a step is decoded, multiplied with every token and forgotten; the weights are read once. More: 256
+// columns of 16 rows are decoded into a panel of 16 KiB in the first-level cache, and a batch of tokens meets it, 8 at a
+// time, before the next is decoded.
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+#if defined(__GNUC__)
+#define PE_UNROLL _Pragma("GCC unroll 16")
+#define PE_INLINE inline __attribute__((always_inline))
+#else
+#define PE_UNROLL
+#define PE_INLINE __forceinline
+#endif
+
+namespace pe {
+namespace {
+
+constexpr size_t kRows = 16;
+constexpr size_t kBatch = 128;  // tokens that meet a panel before the next is decoded: their codes stay in the L2 cache
+constexpr int kGroup = 8;       // tokens multiplied at once
+
+PE_INLINE __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
+PE_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+PE_INLINE __m512i broadcast32(const void* p) {
+  int32_t v;
+  memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
+PE_INLINE __m512i low_nibbles(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+PE_INLINE __m512i high_nibbles(__m512i v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+
+// 16 bytes of rows r, r + 4, r + 8, r + 12, in one 128-bit lane each. Merging loads need no shuffle.
+PE_INLINE __m512i four_rows(const uint8_t* const* row, int r, size_t at) {
+  __m512i v = _mm512_castsi128_si512(load128(row[r] + at));
+  v = _mm512_mask_broadcast_i32x4(v, 0x00f0, load128(row[r + 4] + at));
+  v = _mm512_mask_broadcast_i32x4(v, 0x0f00, load128(row[r + 8] + at));
+  return _mm512_mask_broadcast_i32x4(v, 0xf000, load128(row[r + 12] + at));
+}
+
+// 16 bytes from each of 16 rows -> out[s]: bytes 4 s .. 4 s + 3 of rows 0 .. 15.
+PE_INLINE void transpose16(const uint8_t* const* row, size_t at, __m512i* out) {
+  const __m512i v0 = four_rows(row, 0, at), v1 = four_rows(row, 1, at);
+  const __m512i v2 = four_rows(row, 2, at), v3 = four_rows(row, 3, at);
+  const __m512i a = _mm512_unpacklo_epi32(v0, v1), b = _mm512_unpacklo_epi32(v2, v3);
+  const __m512i c = _mm512_unpackhi_epi32(v0, v1), d = _mm512_unpackhi_epi32(v2, v3);
+  out[0] = _mm512_unpacklo_epi64(a, b);
+  out[1] = _mm512_unpackhi_epi64(a, b);
+  out[2] = _mm512_unpacklo_epi64(c, d);
+  out[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// Low and high halves of 16 dwords, fp16 -> float.
+PE_INLINE __m512 low_f16(__m512i v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
+PE_INLINE __m512 high_f16(__m512i v) { return low_f16(_mm512_srli_epi32(v, 16)); }
+
+// Byte i of each dword, as int32.
+template <int kByte>
+PE_INLINE __m512i unsigned_byte(__m512i v) {
+  return _mm512_and_si512(_mm512_srli_epi32(v, 8 * kByte), _mm512_set1_epi32(255));
+}
+template <int kByte>
+PE_INLINE __m512i signed_byte(__m512i v) {
+  return _mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * kByte), 24);
+}
+// Bytes 2 kPair and 2 kPair + 1 of each dword as a pair of int16, zero-extended.
+template <int kPair>
+PE_INLINE __m512i unsigned_pair(__m512i v) {
+  constexpr int kControl = (2 * kPair) | (2 * kPair + 1) << 16 | static_cast<int>(0x80008000u);
+  const __m512i control = _mm512_broadcast_i32x4(
+      _mm_setr_epi32(kControl, kControl + 0x00040004, kControl + 0x00080008, kControl + 0x000c000c));
+  return _mm512_shuffle_epi8(v, control);
+}
+// The same, sign-extended.
+template <int kPair>
+PE_INLINE __m512i signed_pair(__m512i v) {
+  return _mm512_srai_epi16(_mm512_slli_epi16(unsigned_pair<kPair>(v), 8), 8);
+}
+
+// Activations of T tokens.
+template <int T>
+struct Tokens {
+  const int8_t* q[T];
+  ActLayout at;
+
+  PE_INLINE Tokens(const LinearArgs& args, const ActLayout& layout, size_t first) : at(layout) {
+    for (int t = 0; t < T; ++t)
+      q[t] = static_cast<const int8_t*>(args.x) + (first + static_cast<size_t>(t)) * args.x_stride;
+  }
+  PE_INLINE float scale(int t, size_t block) const {
+    return reinterpret_cast<const float*>(q[t] + at.scale_at)[block];
+  }
+  PE_INLINE const int16_t* sum16(int t) const { return reinterpret_cast<const int16_t*>(q[t] + at.sum16_at); }
+  PE_INLINE const int16_t* sum32(int t) const { return reinterpret_cast<const int16_t*>(q[t] + at.sum32_at); }
+};
+
+// sum[t] += S steps times the activations of token t from column `at` on.
+template <int T, int S>
+PE_INLINE void chain(const __m512i* codes, const Tokens<T>& x, size_t at, __m512i* sum) {
+  PE_UNROLL
+  for (int s = 0; s < S; ++s) {
+    const __m512i w = load512(codes + s);
+    PE_UNROLL
+    for (int t = 0; t < T; ++t) sum[t] = _mm512_dpbusd_epi32(sum[t], w, broadcast32(x.q[t] + at + 4 * s));
+  }
+}
+
+// acc + d * a * i and its negative twin, with the contract's roundings.
+PE_INLINE __m512 add_term(__m512 acc, __m512 d, float a, __m512i i) {
+  return _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(a)), _mm512_cvtepi32_ps(i), acc);
+}
+PE_INLINE __m512 subtract_term(__m512 acc, __m512 d, float a, __m512i i) {
+  return _mm512_fnmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(a)), _mm512_cvtepi32_ps(i), acc);
+}
+
+// Asks for `bytes` bytes from p on, into the second-level cache. p may lie past the end of the matrix: a prefetch reads
+// nothing. Sixteen rows are sixteen streams, too short for the hardware to catch on before they end, so each group of rows
+// fetches the next, in the order of the file.
+PE_INLINE void prefetch(const uint8_t* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+}
+
+// Pointers to 16 rows from `row` on; the last row again where the matrix ends.
+inline void row_pointers(const LinearArgs& args, size_t row, const uint8_t** out) {
+  for (size_t i = 0; i < kRows; ++i) {
+    const size_t r = row + i < args.rows ? row + i : args.rows - 1;
+    out[i] = static_cast<const uint8_t*>(args.w) + r * args.w_stride;
+  }
+}
+
+// A format K decodes a block of its 16 rows in parts, so that a part's codes can stay in registers:
+//   K::Block, K::kBlock columns, K::kParts, K::kCodes steps in a part
+//   K::Head                                         what the block has besides codes
+//   K::head(rows, at, &head)                        the block at byte `at` of every row
+//   K::codes<P>(rows, at, head, codes)              steps of part P
+//   K::multiply<P, T>(codes, head, x, block, sum, acc)
+//   K::finish<T>(head, x, block, sum, acc)          acc [T] floats of 16 rows; sum [T] int32, zero at the block's start
+template <class K>
+struct Panel {
+  static constexpr int kBlocks = 256 / static_cast<int>(K::kBlock);
+  typename K::Head head[kBlocks];
+  __m512i codes[kBlocks][K::kParts][K::kCodes];
+};
+
+template <class K, int P>
+PE_INLINE void decode_parts(const uint8_t* const* rows, size_t at, const typename K::Head& head, __m512i (*codes)[K::kCodes]) {
+  if constexpr (P < K::kParts) {
+    K::template codes<P>(rows, at, head, codes[P]);
+    decode_parts<K, P + 1>(rows, at, head, codes);
+  }
+}
+
+template <class K>
+inline void decode(const uint8_t* const* rows, size_t first, size_t n, Panel<K>* panel) {
+  for (size_t b = 0; b < n; ++b) {
+    const size_t at = (first + b) * sizeof(typename K::Block);
+    K::head(rows, at, &panel->head[b]);
+    decode_parts<K, 0>(rows, at, panel->head[b], panel->codes[b]);
+  }
+}
+
+template <class K, int P, int T>
+PE_INLINE void multiply_parts(const __m512i (*codes)[K::kCodes], const typename K::Head& head, const Tokens<T>& x, size_t block,
+                              __m512i* sum, __m512* acc) {
+  if constexpr (P < K::kParts) {
+    K::template multiply<P, T>(codes[P], head, x, block, sum, acc);
+    multiply_parts<K, P + 1, T>(codes, head, x, block, sum, acc);
+  }
+}
+
+// acc [T][16] += panel * T tokens.
+template <class K, int T>
+__attribute__((noinline)) void multiply_panel(const Panel<K>& panel, const LinearArgs& args, const ActLayout& at, size_t token,
+                                              size_t first, size_t n, float (*acc)[kRows]) {
+  const Tokens<T> x(args, at, token);
+  __m512 f[T];
+  PE_UNROLL
+  for (int t = 0; t < T; ++t) f[t] = _mm512_load_ps(acc[t]);
+  for (size_t b = 0; b < n; ++b) {
+    __m512i sum[T];
+    PE_UNROLL
+    for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();
+    multiply_parts<K, 0, T>(panel.codes[b], panel.head[b], x, first + b, sum, f);
+    K::template finish<T>(panel.head[b], x, first + b, sum, f);
+  }
+  PE_UNROLL
+  for (int t = 0; t < T; ++t) _mm512_store_ps(acc[t], f[t]);
+}
+
+template <class K>
+void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size_t tokens) {
+  using MultiplyFn = void (*)(const Panel<K>&, const LinearArgs&, const ActLayout&, size_t, size_t, size_t, float (*)[kRows]);
+  static constexpr MultiplyFn kMultiply[kGroup + 1] = {
+      nullptr,
+      multiply_panel<K, 1>,
+      multiply_panel<K, 2>,
+      multiply_panel<K, 3>,
+      multiply_panel<K, 4>,
+      multiply_panel<K, 5>,
+      multiply_panel<K, 6>,
+      multiply_panel<K, 7>,
+      multiply_panel<K, 8>,
+  };
+  constexpr size_t kBlocks = Panel<K>::kBlocks;
+  alignas(64) Panel<K> panel;
+  alignas(64) float acc[kBatch][kRows];
+  const size_t blocks = args.cols / K::kBlock;
+  // Groups of equal size, as far as it goes: 9 tokens are 5 + 4, not 8 + 1.
+  const size_t groups = (tokens + kGroup - 1) / kGroup;
+  for (size_t row = 0; row < args.rows; row += kRows) {
+    const uint8_t* rows[kRows];
+    row_pointers(args, row, rows);
+    memset(acc, 0, tokens * sizeof acc[0]);
+    for (size_t b = 0; b < blocks; b += kBlocks) {
+      const size_t n = blocks - b < kBlocks ? blocks - b : kBlocks;
+      decode<K>(rows, b, n, &panel);
+      prefetch(rows[0] + kRows * (args.w_stride + b * sizeof(typename K::Block)), kRows * n * sizeof(typename K::Block));
+      for (size_t g = 0; g < groups; ++g) {
+        const size_t t = g * tokens / groups;
+        kMultiply[(g + 1) * tokens / groups - t](panel, args, at, token + t, b, n, acc + t);
+      }
+    }
+    const size_t left = args.rows - row;
+    const auto mask = static_cast<__mmask16>(left < kRows ? (1u << left) - 1 : 0xffffu);
+    for (size_t t = 0; t < tokens; ++t)
+      _mm512_mask_storeu_ps(args.y + (token + t) * args.y_stride + row, mask, _mm512_load_ps(acc[t]));
+  }
+}
+
+template <class K, int P, int T>
+PE_INLINE void few_parts(const uint8_t* const* rows, size_t at, const typename K::Head& head, const Tokens<T>& x, size_t block,
+                         __m512i* sum, __m512* acc) {
+  if constexpr (P < K::kParts) {
+    __m512i codes[K::kCodes];
+    K::template codes<P>(rows, at, head, codes);
+    K::template multiply<P, T>(codes, head, x, block, sum, acc);
+    few_parts<K, P + 1, T>(rows, at, head, x, block, sum, acc);
+  }
+}
+
+// T tokens, every weight decoded once and kept in registers.
+template <class K, int T>
+void few_tokens(const LinearArgs& args, const ActLayout& at) {
+  const size_t blocks = args.cols / K::kBlock;
+  const Tokens<T> x(args, at, 0);
+  for (size_t row = 0; row < args.rows; row += kRows) {
+    const uint8_t* rows[kRows];
+    row_pointers(args, row, rows);
+    const uint8_t* ahead = rows[0] + kRows * args.w_stride;
+    __m512 acc[T];
+    PE_UNROLL
+    for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
+    for (size_t b = 0; b < blocks; ++b) {
+      constexpr size_t kBytes = sizeof(typename K::Block);
+      prefetch(ahead + kRows * b * kBytes, kRows * kBytes);
+      typename K::Head head;
+      K::head(rows, b * kBytes, &head);
+      __m512i sum[T];
+      PE_UNROLL
+      for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();
+      few_parts<K, 0, T>(rows, b * kBytes, head, x, b, sum, acc);
+      K::template finish<T>(head, x, b, sum, acc);
+    }
+    const size_t left = args.rows - row;
+    const auto mask = static_cast<__mmask16>(left < kRows ? (1u << left) - 1 : 0xffffu);
+    for (int t = 0; t < T; ++t)
+      _mm512_mask_storeu_ps(args.y + static_cast<size_t>(t) * args.y_stride + row, mask, acc[t]);
+  }
+}
+
+template <class K>
+void linear(const LinearArgs& args) {
+  using FewFn = void (*)(const LinearArgs&, const ActLayout&);
+  static constexpr FewFn kFew[kGroup + 1] = {
+      nullptr,          few_tokens<K, 1>, few_tokens<K, 2>, few_tokens<K, 3>, few_tokens<K, 4>,
+      few_tokens<K, 5>, few_tokens<K, 6>, few_tokens<K, 7>, few_tokens<K, 8>,
+  };
+  const ActLayout at = act_layout(K::kBlock == 32 ? Act::Q32 : Act::Q256, args.cols);
+  if (args.tokens <= kGroup) return kFew[args.tokens](args, at);
+  const size_t batches = (args.tokens + kBatch - 1) / kBatch;
+  for (size_t i = 0; i < batches; ++i) {
+    const size_t t = i * args.tokens / batches;
+    many_tokens<K>(args, at, t, (i + 1) * args.tokens / batches - t);
+  }
+}
+
+}  // namespace
+}  // namespace pe
