@@ -60,7 +60,8 @@ CpuFeatures detect() {
   if ((xcr0() & kYmmState) != kYmmState) return f;
   const Registers leaf7 = cpuid(7, 0);
   f.avx2 = (leaf7.ebx & kAvx2) != 0;
-  f.avx512 = f.avx2 && (leaf7.ebx & kAvx512) == kAvx512 && (leaf7.ecx & kVnni) != 0 && (xcr0() & kZmmState) == kZmmState;
+  f.avx512 =
+      f.avx2 && (leaf7.ebx & kAvx512) == kAvx512 && (leaf7.ecx & kVnni) != 0 && (xcr0() & kZmmState) == kZmmState;
   return f;
 }
 

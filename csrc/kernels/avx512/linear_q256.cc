@@ -184,8 +184,10 @@ struct IQ4_XS : Q256<IQ4_XS, 32, false, 7> {
     out->d = low_f16(v[0]);
     PE_UNROLL
     for (int j = 0; j < 8; ++j) {
-      const __m512i low = _mm512_and_si512(_mm512_srli_epi32(v[1], static_cast<unsigned>(4 * j)), _mm512_set1_epi32(15));
-      const __m512i top = _mm512_and_si512(_mm512_srli_epi32(v[0], static_cast<unsigned>(16 + 2 * j)), _mm512_set1_epi32(3));
+      const __m512i low =
+          _mm512_and_si512(_mm512_srli_epi32(v[1], static_cast<unsigned>(4 * j)), _mm512_set1_epi32(15));
+      const __m512i top =
+          _mm512_and_si512(_mm512_srli_epi32(v[0], static_cast<unsigned>(16 + 2 * j)), _mm512_set1_epi32(3));
       out->scale[j] = _mm512_sub_epi32(_mm512_or_si512(low, _mm512_slli_epi32(top, 4)), _mm512_set1_epi32(32));
     }
     PE_UNROLL
@@ -250,17 +252,20 @@ struct Q2_K {
     for (int i = 0; i < 4; ++i) {
       const int j = sub_block<16, P>(i);
       const __m512i byte = _mm512_srli_epi32(head.scale[j / 4], static_cast<unsigned>(8 * (j % 4)));
-      const __m512i scale = _mm512_mullo_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), _mm512_set1_epi32(0x00010001));
+      const __m512i scale =
+          _mm512_mullo_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), _mm512_set1_epi32(0x00010001));
       PE_UNROLL
       for (int s = 0; s < 4; ++s) {
-        const __m512i code = _mm512_and_si512(_mm512_srli_epi16(v[s], static_cast<unsigned>(2 * i)), _mm512_set1_epi8(3));
+        const __m512i code =
+            _mm512_and_si512(_mm512_srli_epi16(v[s], static_cast<unsigned>(2 * i)), _mm512_set1_epi8(3));
         codes[4 * i + s] = _mm512_mullo_epi16(code, scale);  // both bytes of a word: at most 45, no carry
       }
     }
   }
 
   template <int P, int T>
-  static PE_INLINE void multiply(const __m512i* codes, const Head&, const Tokens<T>& x, size_t block, __m512i* sum, __m512*) {
+  static PE_INLINE void multiply(const __m512i* codes, const Head&, const Tokens<T>& x, size_t block, __m512i* sum,
+                                 __m512*) {
     multiply_products<P, T>(codes, x, block, sum);
   }
 
@@ -270,7 +275,8 @@ struct Q2_K {
     for (int t = 0; t < T; ++t) {
       __m512i m = _mm512_setzero_si512();
       PE_UNROLL
-      for (int j = 0; j < 8; ++j) m = _mm512_dpwssd_epi32(m, head.pair[j], broadcast32(x.sum16(t) + 16 * block + 2 * j));
+      for (int j = 0; j < 8; ++j)
+        m = _mm512_dpwssd_epi32(m, head.pair[j], broadcast32(x.sum16(t) + 16 * block + 2 * j));
       const float a = x.scale(t, block);
       acc[t] = add_term(acc[t], head.d, a, sum[t]);
       acc[t] = subtract_term(acc[t], head.dmin, a, m);
@@ -294,7 +300,9 @@ struct Q3_K {
     transpose16(rows, at + sizeof(Block) - 16, v);  // 2 bytes of qs, 12 of scales, d
     out->d = high_f16(v[3]);
     // the 12 bytes, two bytes off the dwords
-    const auto dword = [&](int i) { return _mm512_or_si512(_mm512_srli_epi32(v[i], 16), _mm512_slli_epi32(v[i + 1], 16)); };
+    const auto dword = [&](int i) {
+      return _mm512_or_si512(_mm512_srli_epi32(v[i], 16), _mm512_slli_epi32(v[i + 1], 16));
+    };
     const __m512i low0 = dword(0), low1 = dword(1), top = dword(2);
     const auto join = [&](__m512i nibbles, unsigned shift) {
       const __m512i pairs = _mm512_and_si512(_mm512_srli_epi16(top, shift), _mm512_set1_epi8(3));
@@ -318,16 +326,18 @@ struct Q3_K {
     for (int i = 0; i < 4; ++i) {
       const int j = sub_block<16, P>(i);
       const __m512i byte = _mm512_srli_epi32(head.scale[j / 4], static_cast<unsigned>(8 * (j % 4)));
-      const __m512i sc = _mm512_mullo_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(63)), _mm512_set1_epi32(0x00010001));
+      const __m512i sc =
+          _mm512_mullo_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(63)), _mm512_set1_epi32(0x00010001));
       const __m512i scale = _mm512_sub_epi16(sc, _mm512_set1_epi16(32));
       // u * scale - 4 * scale + 124, modulo 256 in every byte
       const __m512i base = _mm512_sub_epi16(_mm512_set1_epi16(kOffset), _mm512_slli_epi16(scale, 2));
       const __m512i bases = _mm512_or_si512(_mm512_and_si512(base, even), _mm512_slli_epi16(base, 8));
       PE_UNROLL
       for (int s = 0; s < 4; ++s) {
-        const __m512i low = _mm512_and_si512(_mm512_srli_epi16(v[s], static_cast<unsigned>(2 * i)), _mm512_set1_epi8(3));
-        const __m512i bit =
-            _mm512_and_si512(_mm512_srli_epi16(head.high[4 * p + s], static_cast<unsigned>(4 * h + i)), _mm512_set1_epi8(1));
+        const __m512i low =
+            _mm512_and_si512(_mm512_srli_epi16(v[s], static_cast<unsigned>(2 * i)), _mm512_set1_epi8(3));
+        const __m512i bit = _mm512_and_si512(_mm512_srli_epi16(head.high[4 * p + s], static_cast<unsigned>(4 * h + i)),
+                                             _mm512_set1_epi8(1));
         const __m512i u = _mm512_or_si512(low, _mm512_slli_epi16(bit, 2));
         const __m512i evens = _mm512_and_si512(_mm512_mullo_epi16(_mm512_and_si512(u, even), scale), even);
         const __m512i odds = _mm512_mullo_epi16(_mm512_andnot_si512(even, u), scale);
@@ -337,7 +347,8 @@ struct Q3_K {
   }
 
   template <int P, int T>
-  static PE_INLINE void multiply(const __m512i* codes, const Head&, const Tokens<T>& x, size_t block, __m512i* sum, __m512*) {
+  static PE_INLINE void multiply(const __m512i* codes, const Head&, const Tokens<T>& x, size_t block, __m512i* sum,
+                                 __m512*) {
     multiply_products<P, T>(codes, x, block, sum);
   }
 

@@ -76,7 +76,9 @@ struct Q4_0 : Q32<Q4_0> {
   using Block = BlockQ4_0;
   static constexpr int kOffset = 8;
   static constexpr bool kMinimum = false;
-  static PE_INLINE void head(const uint8_t* const* rows, size_t at, Head* out) { out->d = low_f16(first_dword(rows, at)); }
+  static PE_INLINE void head(const uint8_t* const* rows, size_t at, Head* out) {
+    out->d = low_f16(first_dword(rows, at));
+  }
   template <int P>
   static PE_INLINE void codes(const uint8_t* const* rows, size_t at, const Head&, __m512i* codes) {
     nibbles(rows, at + offsetof(Block, qs), codes);
@@ -134,7 +136,9 @@ struct Q8_0 : Q32<Q8_0> {
   using Block = BlockQ8_0;
   static constexpr int kOffset = 128;
   static constexpr bool kMinimum = false;
-  static PE_INLINE void head(const uint8_t* const* rows, size_t at, Head* out) { out->d = low_f16(first_dword(rows, at)); }
+  static PE_INLINE void head(const uint8_t* const* rows, size_t at, Head* out) {
+    out->d = low_f16(first_dword(rows, at));
+  }
   template <int P>
   static PE_INLINE void codes(const uint8_t* const* rows, size_t at, const Head&, __m512i* codes) {
     transpose16(rows, at + offsetof(Block, qs), codes);
@@ -148,7 +152,9 @@ struct IQ4_NL : Q32<IQ4_NL> {
   using Block = BlockIQ4_NL;
   static constexpr int kOffset = 128;
   static constexpr bool kMinimum = false;
-  static PE_INLINE void head(const uint8_t* const* rows, size_t at, Head* out) { out->d = low_f16(first_dword(rows, at)); }
+  static PE_INLINE void head(const uint8_t* const* rows, size_t at, Head* out) {
+    out->d = low_f16(first_dword(rows, at));
+  }
   template <int P>
   static PE_INLINE void codes(const uint8_t* const* rows, size_t at, const Head&, __m512i* codes) {
     nibbles(rows, at + offsetof(Block, qs), codes);

@@ -101,9 +101,7 @@ struct Tokens {
     for (int t = 0; t < T; ++t)
       q[t] = static_cast<const int8_t*>(args.x) + (first + static_cast<size_t>(t)) * args.x_stride;
   }
-  PE_INLINE float scale(int t, size_t block) const {
-    return reinterpret_cast<const float*>(q[t] + at.scale_at)[block];
-  }
+  PE_INLINE float scale(int t, size_t block) const { return reinterpret_cast<const float*>(q[t] + at.scale_at)[block]; }
   PE_INLINE const int16_t* sum16(int t) const { return reinterpret_cast<const int16_t*>(q[t] + at.sum16_at); }
   PE_INLINE const int16_t* sum32(int t) const { return reinterpret_cast<const int16_t*>(q[t] + at.sum32_at); }
 };
@@ -157,7 +155,8 @@ struct Panel {
 };
 
 template <class K, int P>
-PE_INLINE void decode_parts(const uint8_t* const* rows, size_t at, const typename K::Head& head, __m512i (*codes)[K::kCodes]) {
+PE_INLINE void decode_parts(const uint8_t* const* rows, size_t at, const typename K::Head& head,
+                            __m512i (*codes)[K::kCodes]) {
   if constexpr (P < K::kParts) {
     K::template codes<P>(rows, at, head, codes[P]);
     decode_parts<K, P + 1>(rows, at, head, codes);
@@ -174,8 +173,8 @@ inline void decode(const uint8_t* const* rows, size_t first, size_t n, Panel<K>*
 }
 
 template <class K, int P, int T>
-PE_INLINE void multiply_parts(const __m512i (*codes)[K::kCodes], const typename K::Head& head, const Tokens<T>& x, size_t block,
-                              __m512i* sum, __m512* acc) {
+PE_INLINE void multiply_parts(const __m512i (*codes)[K::kCodes], const typename K::Head& head, const Tokens<T>& x,
+                              size_t block, __m512i* sum, __m512* acc) {
   if constexpr (P < K::kParts) {
     K::template multiply<P, T>(codes[P], head, x, block, sum, acc);
     multiply_parts<K, P + 1, T>(codes, head, x, block, sum, acc);
@@ -184,8 +183,8 @@ PE_INLINE void multiply_parts(const __m512i (*codes)[K::kCodes], const typename 
 
 // acc [T][16] += panel * T tokens.
 template <class K, int T>
-__attribute__((noinline)) void multiply_panel(const Panel<K>& panel, const LinearArgs& args, const ActLayout& at, size_t token,
-                                              size_t first, size_t n, float (*acc)[kRows]) {
+__attribute__((noinline)) void multiply_panel(const Panel<K>& panel, const LinearArgs& args, const ActLayout& at,
+                                              size_t token, size_t first, size_t n, float (*acc)[kRows]) {
   const Tokens<T> x(args, at, token);
   __m512 f[T];
   PE_UNROLL
@@ -203,7 +202,8 @@ __attribute__((noinline)) void multiply_panel(const Panel<K>& panel, const Linea
 
 template <class K>
 void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size_t tokens) {
-  using MultiplyFn = void (*)(const Panel<K>&, const LinearArgs&, const ActLayout&, size_t, size_t, size_t, float (*)[kRows]);
+  using MultiplyFn =
+      void (*)(const Panel<K>&, const LinearArgs&, const ActLayout&, size_t, size_t, size_t, float (*)[kRows]);
   static constexpr MultiplyFn kMultiply[kGroup + 1] = {
       nullptr,
       multiply_panel<K, 1>,
@@ -228,7 +228,8 @@ void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size
     for (size_t b = 0; b < blocks; b += kBlocks) {
       const size_t n = blocks - b < kBlocks ? blocks - b : kBlocks;
       decode<K>(rows, b, n, &panel);
-      prefetch(rows[0] + kRows * (args.w_stride + b * sizeof(typename K::Block)), kRows * n * sizeof(typename K::Block));
+      prefetch(rows[0] + kRows * (args.w_stride + b * sizeof(typename K::Block)),
+               kRows * n * sizeof(typename K::Block));
       for (size_t g = 0; g < groups; ++g) {
         const size_t t = g * tokens / groups;
         kMultiply[(g + 1) * tokens / groups - t](panel, args, at, token + t, b, n, acc + t);
@@ -242,8 +243,8 @@ void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size
 }
 
 template <class K, int P, int T>
-PE_INLINE void few_parts(const uint8_t* const* rows, size_t at, const typename K::Head& head, const Tokens<T>& x, size_t block,
-                         __m512i* sum, __m512* acc) {
+PE_INLINE void few_parts(const uint8_t* const* rows, size_t at, const typename K::Head& head, const Tokens<T>& x,
+                         size_t block, __m512i* sum, __m512* acc) {
   if constexpr (P < K::kParts) {
     __m512i codes[K::kCodes];
     K::template codes<P>(rows, at, head, codes);
