@@ -51,6 +51,7 @@ SHAPES: Mapping[str, Shape] = {
     "r1-llama-8b": Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072, 500000.0, 1e-5, llama3_rope=True),
     "card": Shape("llama", 40, 4096, 11008, 64, 64, 64, 128256, 65536, 500000.0, 1e-5),
     "r1-qwen3-8b": Shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, 131072, 1e6, 1e-6, yarn=True),
+    "r1-qwen-1.5b": Shape("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 131072, 10000.0, 1e-6),
 }
 
 
@@ -63,15 +64,17 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def tensor_type(name: str, kind: str, layer: int, layers: int) -> str:
-    """Type of a two-dimensional tensor under ``kind``."""
+    """Type of a two-dimensional tensor under ``kind``, as llama.cpp's quantiser assigns them."""
     plain = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K"}
     if kind in plain:
         return plain[kind]
     if name == "output.weight":
         return "Q6_K"
     base = {"q4_0": "Q4_0", "q4_k_s": "Q4_K", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K"}[kind]
-    sensitive = name.endswith(("attn_v.weight", "ffn_down.weight"))
-    return "Q6_K" if kind.endswith("_m") and sensitive and _more_bits(layer, layers) else base
+    value, down = name.endswith("attn_v.weight"), name.endswith("ffn_down.weight")
+    if kind == "q4_k_s":
+        return "Q5_K" if (value and layer < 4) or (down and layer < layers // 8) else base
+    return "Q6_K" if kind.endswith("_m") and (value or down) and _more_bits(layer, layers) else base
 
 
 FILE_TYPES = {
@@ -172,6 +175,9 @@ def plan(shape: Shape, kind: str) -> list[Planned]:
     def ones(name: str, n: int) -> Planned:
         return Planned(name, (n,), "F32", np.ones(n, np.float32))
 
+    def vector(name: str, n: int) -> Planned:
+        return Planned(name, (n,), "F32")
+
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     tensors = [matrix("token_embd.weight", shape.vocab, shape.embd)]
     for i in range(shape.layers):
@@ -183,6 +189,8 @@ def plan(shape: Shape, kind: str) -> list[Planned]:
             matrix(p + "attn_v.weight", kv, shape.embd, i),
             matrix(p + "attn_output.weight", shape.embd, q, i),
         ]
+        if shape.arch == "qwen2":
+            tensors += [vector(p + "attn_q.bias", q), vector(p + "attn_k.bias", kv), vector(p + "attn_v.bias", kv)]
         if shape.arch == "qwen3":
             tensors += [ones(p + f"attn_{x}_norm.weight", shape.head_dim) for x in "qk"]
         tensors += [
@@ -269,7 +277,7 @@ def pieces(tensor: Planned, seed: int) -> Iterator[Bytes]:
         yield tensor.fixed.astype("<f4").view(np.uint8)
         return
     rng = np.random.Generator(np.random.PCG64([seed, *tensor.name.encode()]))
-    sigma = 1.0 if tensor.name == "token_embd.weight" else 1 / math.sqrt(tensor.shape[1])
+    sigma = 1.0 if tensor.name == "token_embd.weight" else 1 / math.sqrt(tensor.shape[-1])
     for start in range(0, tensor.blocks, PIECE_BLOCKS):
         yield MAKERS[tensor.type](rng, min(PIECE_BLOCKS, tensor.blocks - start), sigma)
 
