@@ -51,6 +51,7 @@ SHAPES: Mapping[str, Shape] = {
     "r1-llama-8b": Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072, 500000.0, 1e-5, llama3_rope=True),
     "card": Shape("llama", 40, 4096, 11008, 64, 64, 64, 128256, 65536, 500000.0, 1e-5),
     "r1-qwen3-8b": Shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, 131072, 1e6, 1e-6, yarn=True),
+    "r1-qwen-1.5b": Shape("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 131072, 10000.0, 1e-6),
 }
 
 
@@ -172,6 +173,9 @@ def plan(shape: Shape, kind: str) -> list[Planned]:
     def ones(name: str, n: int) -> Planned:
         return Planned(name, (n,), "F32", np.ones(n, np.float32))
 
+    def zeros(name: str, n: int) -> Planned:
+        return Planned(name, (n,), "F32", np.zeros(n, np.float32))
+
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     tensors = [matrix("token_embd.weight", shape.vocab, shape.embd)]
     for i in range(shape.layers):
@@ -183,6 +187,8 @@ def plan(shape: Shape, kind: str) -> list[Planned]:
             matrix(p + "attn_v.weight", kv, shape.embd, i),
             matrix(p + "attn_output.weight", shape.embd, q, i),
         ]
+        if shape.arch == "qwen2":
+            tensors += [zeros(p + f"attn_{x}.bias", n) for x, n in (("q", q), ("k", kv), ("v", kv))]
         if shape.arch == "qwen3":
             tensors += [ones(p + f"attn_{x}_norm.weight", shape.head_dim) for x in "qk"]
         tensors += [
