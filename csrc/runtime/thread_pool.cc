@@ -15,11 +15,10 @@
 namespace pe {
 namespace {
 
-// How a thread waits. Between barriers of a decoder pass it is microseconds: it spins. When it takes longer, the awaited
-// thread may have lost its core, perhaps to this very one: it goes on looking, but offers the core each time to whoever wants
-// it, until that has cost more than waking a sleeper does. Then it sleeps.
-constexpr int64_t kSpinNs = 20'000;
-constexpr int64_t kYieldNs = 500'000;
+// How long a waiting thread spins before it sleeps. Between barriers of a decoder pass threads wait microseconds; waking a
+// sleeper costs about as much as this. It never yields in between: the scheduler may give the core to any background task
+// until its next tick, milliseconds later, while a sleeper is woken at once.
+constexpr int64_t kSpinNs = 40'000;
 
 void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -48,11 +47,6 @@ uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int64
         relax();
       }
     } while (now_ns() < end);
-  }
-  for (const int64_t end = now_ns() + kYieldNs; now_ns() < end;) {
-    const uint32_t seen = value.load(std::memory_order_acquire);
-    if (seen != old) return seen;
-    std::this_thread::yield();
   }
   for (;;) {
     const uint32_t seen = value.load(std::memory_order_acquire);
