@@ -6,10 +6,10 @@ PROMPT ?= Tom has 48 apples and buys 27 more. How many apples does he have now?
 
 BIN     = $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
-CHECKS := $(wildcard tests/*/*_check.cc)
+CHECKS := $(wildcard tests/*/*_check.cc) benchmarks/limits.cc
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: run test test-peers lint format sanitize bench wheel wheel-check clean
+.PHONY: run test test-peers lint format sanitize limits bench wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
 	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
@@ -25,12 +25,12 @@ lint: $(VENV)/.test  ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.c')
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.c')
+	$(BIN)/clang-format -i $(shell find csrc tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer + UndefinedBehaviorSanitizer, the pool under ThreadSanitizer
 	$(BIN)/cmake -S . -B build/asan -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_SANITIZE=address,undefined
@@ -43,8 +43,11 @@ sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer + UndefinedBeh
 	$(BIN)/cmake --build build/tsan --target pool_check
 	build/tsan/checks/pool_check
 
-bench: $(VENV)/.test  ## kernels against the machine's limits
-	build/checks/kernel_check --bench
+limits: $(VENV)/.test  ## what this machine can do at most: memory, arithmetic, barriers
+	build/checks/limits
+
+bench: $(VENV)/.test  ## the benchmarks, one command each; BENCH=NAME runs one, e.g. make bench BENCH="decode --synthetic r1-qwen-1.5b:q4_0"
+	$(BIN)/python benchmarks/$(or $(firstword $(BENCH)),list).py $(wordlist 2,99,$(BENCH))
 
 wheel: $(VENV)/.run
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -2,14 +2,14 @@
 
     python benchmarks/accuracy.py ../shared/data [--windows 240] [--types Q4_K Q6_K] [--text tinystories] [--json FILE]
 
-For each trained model (a Hugging Face folder 256 columns wide under models/): the F32 file is written by our converter, and
-llama.cpp's quantiser makes one file of each type from it, every matrix in that type (its ``pure`` option). Both engines evaluate the
-same windows of 256 tokens, the beginning-of-sequence token first, KV cache f16; llama.cpp with its defaults but
+For each trained model (a Hugging Face folder 256 columns wide under models/): the F32 file is written by our
+converter, and llama.cpp's quantiser makes one file of each type from it, every matrix in that type (its ``pure``
+option). Both engines evaluate the same windows of 256 tokens, the beginning-of-sequence token first, KV cache f16; llama.cpp with its defaults but
 without flash attention (which sums values in half precision). From the raw logits, in float64:
 
     perplexity   exp of the mean negative log likelihood of the next token; "difference" is ours / theirs - 1
-    divergence   mean over all positions of KL(F32 || quantised), F32 being the F32 file here with an F32 cache; "ratio" is
-                 ours / theirs, with the standard error of the ratio from the windows
+    divergence   mean over all positions of KL(F32 || quantised), F32 being the F32 file here with an F32 cache; "ratio"
+                 is ours / theirs, with the standard error of the ratio from the windows
 
 A type passes when the perplexities differ by at most 0.1 % and our divergence is at most 2 % above theirs.
 """
@@ -29,6 +29,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+
 import pyengine
 from pyengine_convert.convert import convert
 
@@ -169,7 +170,9 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps([asdict(c) for c in results], indent=1))
     missed = sum(not c.passes for c in results)
-    print(f"\n{len(results)} files, {results[0].tokens} tokens each, llama-cpp-python {llama_cpp.__version__}: {missed} missed")
+    print(
+        f"\n{len(results)} files, {results[0].tokens} tokens each, llama-cpp-python {llama_cpp.__version__}: {missed} missed"
+    )
     return 1 if missed else 0
 
 

@@ -73,7 +73,9 @@ def _libraries(folder: Path) -> tuple[Path, ...]:
     """libllama and the libggml parts under a folder."""
     found = {p.name: p for p in sorted(folder.rglob("lib*.so")) if p.name == "libllama.so" or "ggml" in p.name}
     if "libllama.so" not in found:
-        raise SystemExit(f"{folder} holds no libllama.so; expected a folder where llama.cpp was built (shared libraries)")
+        raise SystemExit(
+            f"{folder} holds no libllama.so; expected a folder where llama.cpp was built (shared libraries)"
+        )
     return (found.pop("libllama.so"), *found.values())
 
 
@@ -122,7 +124,9 @@ def engines(llama: Peer | None, ik: Peer | None, kv: str, only: Iterable[str] = 
     llama.cpp repacks unless told otherwise (+norepack), ik_llama.cpp only if told (+rtr); +fa: flash attention.
     """
     all_ = [
-        Engine("pyengine", "pyengine", (sys.executable, str(HERE / "ours.py")), (), {"PYENGINE_ISA": isa} if isa else {})
+        Engine(
+            "pyengine", "pyengine", (sys.executable, str(HERE / "ours.py")), (), {"PYENGINE_ISA": isa} if isa else {}
+        )
     ]
     for peer in (llama, ik):
         if peer is None:

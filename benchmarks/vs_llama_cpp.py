@@ -36,8 +36,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyengine
 from peers import Engine, Peer, Running, built, engines, installed
+
+import pyengine
 
 Figures = dict[str, float]
 

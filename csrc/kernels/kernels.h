@@ -51,9 +51,11 @@ struct ActLayout {
 
 static inline size_t pad64(size_t n) { return (n + 63) & ~static_cast<size_t>(63); }
 
+static inline size_t act_block(Act act) { return act == Act::F32 ? 1 : act == Act::Q32 ? 32 : 256; }
+
 static inline ActLayout act_layout(Act act, size_t n) {
   if (act == Act::F32) return {0, 0, 0, 0, pad64(4 * n)};
-  const size_t block = act == Act::Q32 ? 32 : 256;
+  const size_t block = act_block(act);
   const size_t scale_at = pad64(n);
   const size_t sum_at = scale_at + pad64(4 * (n / block));
   const size_t sum16_at = sum_at + pad64(2 * (n / 8));

@@ -14,16 +14,22 @@ Scratch scratch_layout(const ModelConfig& c, size_t n_ctx, size_t n_chunk, size_
     return r;
   };
   const auto floats = [&](size_t n) { return add(n_chunk, n * sizeof(float)); };
-  const size_t widest = std::max({c.n_embd, c.o_dim(), c.n_ff});
+  const auto forms = [&](Scratch::Rows* rows, size_t count, size_t n) {
+    for (const Act act : {Act::Q32, Act::Q256})
+      rows[static_cast<int>(act)] = add(count, act_layout(act, (n + 255) / 256 * 256).bytes);
+  };
+  const size_t widest = std::max(c.n_embd, c.o_dim());
+  const size_t copies = std::max(n_chunk, n_threads);
   s.x = floats(c.n_embd);
-  s.h = floats(widest);
-  for (const Act act : {Act::Q32, Act::Q256})
-    s.act[static_cast<int>(act)] = add(n_chunk, act_layout(act, (widest + 255) / 256 * 256).bytes);
+  s.h = add(copies, widest * sizeof(float));
+  forms(s.act, copies, widest);
   s.q = floats(c.q_dim());
   s.k = floats(c.k_dim());
   s.v = floats(c.v_dim());
   s.gate = floats(c.n_ff);
   s.up = floats(c.n_ff);
+  forms(s.ff, n_chunk, c.n_ff);
+  s.done = add(1, (c.n_ff + 31) / 32 * sizeof(uint32_t));
   s.out = floats(c.n_embd);
   s.angles = floats(c.rope.dims);
   s.acc_stride = pad64(c.head_dim_v * sizeof(float)) / sizeof(float);
@@ -47,11 +53,10 @@ void forward(Team& team, Batch& b) {
     linear(team, b, std::array{Job{&w.wo, &w.bo, s.out, true}});
 
     norm(team, b, w.ffn_norm, acts_of(w.gate, w.up), 0);
-    linear(team, b, std::array{Job{&w.gate, nullptr, s.gate}, Job{&w.up, nullptr, s.up}});
-    silu_mul(team, b, acts_of(w.down));
+    gate_up(team, b, w.gate, w.up, w.down.act);
     // One thread decides for all, before a barrier, whether to go on: threads never part ways.
     if (team.index() == 0) b.leave.store(cancelled(b), std::memory_order_relaxed);
-    linear(team, b, std::array{Job{&w.down, nullptr, s.out, true}});
+    down(team, b, w.down);
     if (b.leave.load(std::memory_order_relaxed)) return;
   }
   if (!b.logits) return;

@@ -18,10 +18,12 @@ struct Scratch {
     size_t stride = 0;  // bytes from row to row
   };
   Rows x;           // residual stream         [T][n_embd] float
-  Rows h;           // normed, attention out, silu(gate) * up: what the next linear reads [T][max(n_embd, o_dim, n_ff)]
-  Rows act[kActs];  // h, quantised            [T] activation rows (Q32, Q256)
+  Rows h;           // normed, attention out: what the next linear reads [max(T, threads)][max(n_embd, o_dim)]
+  Rows act[kActs];  // h, quantised            [max(T, threads)] activation rows (Q32, Q256)
   Rows q, k, v;     // [T][q_dim | k_dim | v_dim]
-  Rows gate, up;    // [T][n_ff]
+  Rows gate, up;    // [T][n_ff]; silu(gate) * up takes the place of gate
+  Rows ff[kActs];   // that, quantised         [T] activation rows (Q32, Q256)
+  Rows done;        // [1][n_ff / 32] uint32: how much of a block of gate there is
   Rows out;         // [T][n_embd], what a block adds to the residual stream
   Rows angles;      // [T][rope dims / 2][2]
   Rows partial;     // attention of one KV head's group over one chunk: acc [heads][acc_stride], m [heads], sum [heads].

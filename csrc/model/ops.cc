@@ -1,14 +1,17 @@
 #include "model/ops.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 
 namespace pe {
 
 namespace {
 
 // One token: rows of a task, whole tiles. Kernels fetch the rows they come to next, so a thread reads at full speed as long
-// as it goes straight on; each jump to another task starts cold. Long tasks cost balance at the end: kTasksPerThread.
+// as it goes straight on; each jump to another task starts cold. The last quarter of an operation is handed out in tasks of
+// a quarter of that: nobody waits long for the thread that took the last one.
 constexpr size_t kTaskRowsMin = 32;
 constexpr size_t kTaskRowsMax = 384;
 constexpr size_t kTasksPerThread = 8;
@@ -25,38 +28,86 @@ void each(Team& team, size_t n, Body&& body) {
 }
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-
-const Scratch::Rows& act_rows(const Batch& b, Act act) {
-  return act == Act::F32 ? b.layout.h : b.layout.act[static_cast<int>(act)];
+constexpr size_t whole_tiles(size_t rows, size_t low, size_t high) {
+  return std::clamp(rows / kTileRows * kTileRows, low, high);
 }
 
-// Rows of a task of an operation with `rows` outputs.
-size_t task_rows(const Team& team, size_t rows, size_t cols, size_t tokens) {
-  if (tokens == 1) {
-    const size_t even = rows / (kTasksPerThread * team.size()) / kTileRows * kTileRows;
-    return std::clamp(even, kTaskRowsMin, kTaskRowsMax);
+// The rows 0 .. rows - 1 of an operation as tasks: long ones, then short ones.
+struct Tasks {
+  size_t rows, long_rows, short_rows, n_long, count;
+
+  // `matrices`: how many are multiplied with each row's index.
+  Tasks(const Team& team, size_t rows_, size_t cols, size_t tokens, size_t matrices = 1) : rows(rows_) {
+    if (tokens == 1) {
+      long_rows = whole_tiles(rows / (kTasksPerThread * team.size()), kTaskRowsMin, kTaskRowsMax);
+      short_rows = whole_tiles(long_rows / 4, kTaskRowsMin, kTaskRowsMax);
+    } else {
+      long_rows = whole_tiles(kTaskWork / (cols * tokens * matrices), kTileRows, kTaskRowsBatch / matrices);
+      short_rows = long_rows;
+    }
+    n_long = rows * 3 / 4 / long_rows;
+    count = n_long + ceil_div(rows - n_long * long_rows, short_rows);
   }
-  return std::clamp(kTaskWork / (cols * tokens) / kTileRows * kTileRows, kTileRows, kTaskRowsBatch);
-}
+  size_t begin(size_t task) const {
+    return task <= n_long ? task * long_rows : n_long * long_rows + (task - n_long) * short_rows;
+  }
+  size_t end(size_t task) const { return std::min(begin(task + 1), rows); }
+};
 
-// The quantised forms of h[t][:n]. Act::F32 is h itself.
-void quantise_row(const Batch& b, size_t t, size_t n, unsigned acts) {
+// What a linear operation reads: the forms of its input and the row of the first token.
+struct Input {
+  const Scratch::Rows* form[kActs];
+  size_t row;
+};
+
+// h. A single token's is computed by every thread for itself, which costs less than to wait for one that does it for all:
+// thread i's copy is row i.
+size_t own_row(const Team& team, size_t tokens, size_t first = 0) { return tokens == 1 ? team.index() : first; }
+Input hidden(const Team& team, const Batch& b, size_t first = 0) {
+  return {{&b.layout.h, &b.layout.act[1], &b.layout.act[2]}, own_row(team, b.n - first, first)};
+}
+// silu(gate) * up
+Input feed_forward(const Batch& b) { return {{&b.layout.gate, &b.layout.ff[1], &b.layout.ff[2]}, 0}; }
+
+// The quantised forms of h[from][:n], in row `to`.
+void quantise_row(const Batch& b, size_t from, size_t to, size_t n, unsigned acts) {
   for (const Act act : {Act::Q32, Act::Q256})
     if (acts >> static_cast<int>(act) & 1)
-      b.kernels.quantise_act[static_cast<int>(act)](b.row(b.layout.h, t), n, b.row(act_rows(b, act), t));
+      b.kernels.quantise_act[static_cast<int>(act)](b.row(b.layout.h, from), n,
+                                                    b.row(b.layout.act[static_cast<int>(act)], to));
 }
 
-// Rows r0 .. r1 of `w` for tokens t0 .. b.n, into y[t - t0][r0 ..] (floats, `stride` apart).
-void linear_rows(const Batch& b, const Tensor& w, size_t r0, size_t r1, size_t t0, float* y, size_t stride) {
-  const Scratch::Rows& x = act_rows(b, w.act);
+// Quantises x[k .. k + n) of a row of `cols` values: whole blocks of it.
+void quantise_part(const Batch& b, Act act, const float* x, size_t cols, size_t k, size_t n, void* row) {
+  constexpr size_t kPiece = 1024;
+  alignas(64) uint8_t piece[2 * kPiece];
+  const size_t block = act_block(act);
+  const ActLayout to = act_layout(act, cols);
+  auto* out = static_cast<uint8_t*>(row);
+  for (const size_t end = k + n; k < end; k += kPiece) {
+    const size_t m = std::min(kPiece, end - k);
+    const ActLayout from = act_layout(act, m);
+    b.kernels.quantise_act[static_cast<int>(act)](x + k, m, piece);
+    std::memcpy(out + k, piece, m);
+    std::memcpy(out + to.scale_at + k / block * sizeof(float), piece + from.scale_at, m / block * sizeof(float));
+    std::memcpy(out + to.sum_at + k / 8 * sizeof(int16_t), piece + from.sum_at, m / 8 * sizeof(int16_t));
+    std::memcpy(out + to.sum16_at + k / 16 * sizeof(int16_t), piece + from.sum16_at, m / 16 * sizeof(int16_t));
+    std::memcpy(out + to.sum32_at + k / 32 * sizeof(int16_t), piece + from.sum32_at, m / 32 * sizeof(int16_t));
+  }
+}
+
+// Rows r0 .. r1 of `w` times `tokens` rows of x, into y[t][r0 ..] (floats, `stride` apart).
+void linear_rows(const Batch& b, const Tensor& w, const Input& x, size_t tokens, size_t r0, size_t r1, float* y,
+                 size_t stride) {
+  const Scratch::Rows& form = *x.form[static_cast<int>(w.act)];
   b.kernels.linear[static_cast<int>(w.format)]({
       .w = w.data + r0 * w.row_bytes,
       .w_stride = w.row_bytes,
       .rows = r1 - r0,
       .cols = w.cols,
-      .x = b.row(x, t0),
-      .x_stride = x.stride,
-      .tokens = b.n - t0,
+      .x = b.row(form, x.row),
+      .x_stride = form.stride,
+      .tokens = tokens,
       .y = y + r0,
       .y_stride = stride,
   });
@@ -148,6 +199,8 @@ void attend_many(Team& team, Batch& b, size_t layer) {
 
 void embed(Team& team, Batch& b) {
   const Tensor& w = b.weights.tok_embd;
+  if (team.index() == 0)
+    std::memset(b.row(b.layout.done, 0), 0, b.layout.done.stride);  // a cancelled batch leaves counts
   each(team, b.n, [&](size_t t) {
     const auto id = static_cast<size_t>(b.tokens[t]);
     b.kernels.dequantise[static_cast<int>(w.format)](w.data + id * w.row_bytes, w.cols, b.row(b.layout.x, t));
@@ -156,40 +209,101 @@ void embed(Team& team, Batch& b) {
 }
 
 void norm(Team& team, Batch& b, const Vector& w, unsigned acts, size_t first) {
-  each(team, b.n - first, [&](size_t i) {
-    const size_t t = first + i;
-    b.kernels.rms_norm(b.row(b.layout.x, t), w.data(), b.config.n_embd, b.config.rms_eps, b.row(b.layout.h, t));
-    quantise_row(b, t, b.config.n_embd, acts);
-  });
+  const auto one = [&](size_t t, size_t to) {
+    b.kernels.rms_norm(b.row(b.layout.x, t), w.data(), b.config.n_embd, b.config.rms_eps, b.row(b.layout.h, to));
+    quantise_row(b, to, to, b.config.n_embd, acts);
+  };
+  if (b.n - first == 1) return one(first, own_row(team, 1));
+  each(team, b.n - first, [&](size_t i) { one(first + i, first + i); });
 }
 
 void quantise(Team& team, Batch& b, size_t n, unsigned acts) {
-  if (acts == 1u << static_cast<int>(Act::F32)) return;
-  each(team, b.n, [&](size_t t) { quantise_row(b, t, n, acts); });
+  const bool floats = acts >> static_cast<int>(Act::F32) & 1;
+  if (b.n == 1) {
+    const size_t own = own_row(team, 1);
+    quantise_row(b, 0, own, n, acts);
+    if (floats && own != 0) std::memcpy(b.row(b.layout.h, own), b.row(b.layout.h, 0), n * sizeof(float));
+  } else if (acts != 1u << static_cast<int>(Act::F32)) {
+    each(team, b.n, [&](size_t t) { quantise_row(b, t, t, n, acts); });
+  }
 }
 
-void linear(Team& team, Batch& b, const Job* jobs, size_t count) {
+namespace {
+
+void linear_from(Team& team, Batch& b, const Input& x, const Job* jobs, size_t count) {
   size_t rows = 0;
   for (size_t j = 0; j < count; ++j) rows += jobs[j].w->rows;
-  const size_t step = task_rows(team, rows, jobs[0].w->cols, b.n);  // all jobs read h: they have the same columns
-  size_t tasks = 0;
-  for (size_t j = 0; j < count; ++j) tasks += ceil_div(jobs[j].w->rows, step);
-  each(team, tasks, [&](size_t task) {
-    if (cancelled(b)) return;
-    const Job* job = jobs;
-    while (task >= ceil_div(job->w->rows, step)) task -= ceil_div(job++->w->rows, step);
-    const size_t r0 = task * step;
-    const size_t r1 = std::min(r0 + step, job->w->rows);
-    linear_rows(b, *job->w, r0, r1, 0, b.row(job->y, 0), job->y.stride / sizeof(float));
-    const bool bias = job->bias && !job->bias->empty();
-    if (!bias && !job->residual) return;
-    for (size_t t = 0; t < b.n; ++t) {
-      float* y = b.row(job->y, t) + r0;
-      float* x = b.row(b.layout.x, t) + r0;
-      if (bias) b.kernels.add(y, job->bias->data() + r0, r1 - r0, y);
-      if (job->residual) b.kernels.add(x, y, r1 - r0, x);
+  const Tasks tasks(team, rows, jobs[0].w->cols, b.n);  // all jobs read the same: they have the same columns
+  each(team, tasks.count, [&](size_t task) {
+    const size_t begin = tasks.begin(task), end = tasks.end(task);
+    size_t first = 0;  // the job's first row among all rows
+    for (const Job* job = jobs; job != jobs + count; first += job++->w->rows) {
+      if (cancelled(b)) return;
+      const size_t r0 = std::max(begin, first) - first;
+      const size_t r1 = std::min(end, first + job->w->rows) - std::min(end, first);
+      if (r0 >= r1) continue;
+      linear_rows(b, *job->w, x, b.n, r0, r1, b.row(job->y, 0), job->y.stride / sizeof(float));
+      const bool bias = job->bias && !job->bias->empty();
+      if (!bias && !job->residual) continue;
+      for (size_t t = 0; t < b.n; ++t) {
+        float* y = b.row(job->y, t) + r0;
+        float* residual = b.row(b.layout.x, t) + r0;
+        if (bias) b.kernels.add(y, job->bias->data() + r0, r1 - r0, y);
+        if (job->residual) b.kernels.add(residual, y, r1 - r0, residual);
+      }
     }
   });
+}
+
+// Quantises what became complete of gate's rows when r0 .. r1 did: whole blocks at once, a block that several tasks share
+// when the last of them comes.
+void quantise_finished(Batch& b, Act act, size_t r0, size_t r1) {
+  if (act == Act::F32) return;
+  const size_t block = act_block(act), n_ff = b.config.n_ff;
+  const auto ready = [&](size_t k, size_t n) {
+    for (size_t t = 0; t < b.n && n != 0; ++t)
+      quantise_part(b, act, b.row(b.layout.gate, t), n_ff, k, n, b.row(b.layout.ff[static_cast<int>(act)], t));
+  };
+  const auto part = [&](size_t k, size_t n) {
+    if (n == 0) return;
+    const std::atomic_ref done(reinterpret_cast<uint32_t*>(b.row(b.layout.done, 0))[k / block]);
+    if (done.fetch_add(static_cast<uint32_t>(n), std::memory_order_acq_rel) + n != block) return;
+    done.store(0, std::memory_order_relaxed);
+    ready(k / block * block, block);
+  };
+  const size_t first = std::min(ceil_div(r0, block) * block, r1);
+  const size_t last = std::max(r1 / block * block, first);
+  part(r0, first - r0);
+  ready(first, last - first);
+  part(last, r1 - last);
+}
+
+}  // namespace
+
+void linear(Team& team, Batch& b, const Job* jobs, size_t count) { linear_from(team, b, hidden(team, b), jobs, count); }
+
+void gate_up(Team& team, Batch& b, const Tensor& gate, const Tensor& up, Act act) {
+  const Input x = hidden(team, b);
+  const Tasks tasks(team, b.config.n_ff, gate.cols, b.n, 2);
+  const auto multiply = [&](const Tensor& w, const Scratch::Rows& y, size_t r0, size_t r1) {
+    linear_rows(b, w, x, b.n, r0, r1, b.row(y, 0), y.stride / sizeof(float));
+  };
+  each(team, tasks.count, [&](size_t task) {
+    if (cancelled(b)) return;
+    const size_t r0 = tasks.begin(task), r1 = tasks.end(task);
+    multiply(gate, b.layout.gate, r0, r1);
+    multiply(up, b.layout.up, r0, r1);
+    for (size_t t = 0; t < b.n; ++t) {
+      float* y = b.row(b.layout.gate, t) + r0;
+      b.kernels.silu_mul(y, b.row(b.layout.up, t) + r0, r1 - r0, y);
+    }
+    quantise_finished(b, act, r0, r1);
+  });
+}
+
+void down(Team& team, Batch& b, const Tensor& w) {
+  const Job job{&w, nullptr, b.layout.out, true};
+  linear_from(team, b, feed_forward(b), &job, 1);
 }
 
 void rotate_and_store(Team& team, Batch& b, size_t layer) {
@@ -220,19 +334,14 @@ void rotate_and_store(Team& team, Batch& b, size_t layer) {
 
 void attend(Team& team, Batch& b, size_t layer) { b.n == 1 ? attend_one(team, b, layer) : attend_many(team, b, layer); }
 
-void silu_mul(Team& team, Batch& b, unsigned acts) {
-  each(team, b.n, [&](size_t t) {
-    b.kernels.silu_mul(b.row(b.layout.gate, t), b.row(b.layout.up, t), b.config.n_ff, b.row(b.layout.h, t));
-    quantise_row(b, t, b.config.n_ff, acts);
-  });
-}
-
 void logits(Team& team, Batch& b) {
   const Tensor& w = b.weights.output;
-  const size_t step = task_rows(team, w.rows, w.cols, b.n - b.first_row);
-  each(team, ceil_div(w.rows, step), [&](size_t task) {
+  const size_t tokens = b.n - b.first_row;
+  const Input x = hidden(team, b, b.first_row);
+  const Tasks tasks(team, w.rows, w.cols, tokens);
+  each(team, tasks.count, [&](size_t task) {
     if (cancelled(b)) return;
-    linear_rows(b, w, task * step, std::min(task * step + step, w.rows), b.first_row, b.logits, b.config.n_vocab);
+    linear_rows(b, w, x, tokens, tasks.begin(task), tasks.end(task), b.logits, b.config.n_vocab);
   });
 }
 

@@ -1,4 +1,5 @@
-// The operations of a decoder block, spread over a team: what forward.cc is written in. Each ends in a barrier.
+// The operations of a decoder block, spread over a team: what forward.cc is written in. Each ends in a barrier, but that
+// norm and quantise of a single token are done by every thread for itself and end at once.
 #pragma once
 
 #include <array>
@@ -34,11 +35,13 @@ void embed(Team& team, Batch& b);  // x = embeddings, angles
 void norm(Team& team, Batch& b, const Vector& w, unsigned acts,
           size_t first);                                           // h = rms_norm(x), quantised; tokens first ..
 void quantise(Team& team, Batch& b, size_t n, unsigned acts);      // activation forms of h[:, :n]
-void linear(Team& team, Batch& b, const Job* jobs, size_t count);  // from h, one task space for all jobs
+void linear(Team& team, Batch& b, const Job* jobs, size_t count);  // from h, one row space for all jobs
 void rotate_and_store(Team& team, Batch& b, size_t layer);         // q/k norm, rope, KV cache write
 void attend(Team& team, Batch& b, size_t layer);                   // h = attention(q, cache)
-void silu_mul(Team& team, Batch& b, unsigned acts);                // h = silu(gate) * up, quantised
-void logits(Team& team, Batch& b);                                 // from h of tokens first_row ..
+void gate_up(Team& team, Batch& b, const Tensor& gate, const Tensor& up,
+             Act act);                             // gate = silu(gate h) * (up h), and its form `act`
+void down(Team& team, Batch& b, const Tensor& w);  // x += w gate
+void logits(Team& team, Batch& b);                 // from h of tokens first_row ..
 
 template <size_t N>
 void linear(Team& team, Batch& b, const std::array<Job, N>& jobs) {

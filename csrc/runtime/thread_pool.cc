@@ -15,7 +15,9 @@
 namespace pe {
 namespace {
 
-// Between barriers of a decoder pass threads wait microseconds; waking a sleeper costs about as much as this.
+// How long a waiting thread spins before it sleeps. Between barriers of a decoder pass threads wait microseconds; waking a
+// sleeper costs about as much as this. It never yields in between: the scheduler may give the core to any background task
+// until its next tick, milliseconds later, while a sleeper is woken at once.
 constexpr int64_t kSpinNs = 40'000;
 
 void relax() {

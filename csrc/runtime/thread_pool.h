@@ -1,8 +1,8 @@
 // A pool of threads that run one function together (SPMD): every thread calls it with its Team, shares loops by taking
 // chunks from a counter, and meets the others at barriers. One decoder pass is one run.
 //
-// Which thread computes what varies from run to run; results must not depend on it. Threads that wait spin for a moment
-// and then sleep, so an idle pool costs no CPU time, and a machine with more threads than cores still makes progress.
+// Which thread computes what varies from run to run; results must not depend on it. Threads that wait spin for a
+// moment and then sleep: an idle pool costs no CPU time, and several pools or more threads than cores still make progress.
 // Functions must not throw (kernels do not): an exception that leaves one ends the process.
 #pragma once
 

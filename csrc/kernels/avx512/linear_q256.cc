@@ -44,7 +44,10 @@ struct Q256 {
       chain<T, kSteps>(codes + kSteps * i, x, 256 * block + static_cast<size_t>(kSubBlock * sub(i)), part);
       const __m512i scale = load512(&head.scale[sub(i)]);
       PE_UNROLL
-      for (int t = 0; t < T; ++t) sum[t] = _mm512_add_epi32(sum[t], _mm512_mullo_epi32(part[t], scale));
+      for (int t = 0; t < T; ++t) {
+        sum[t] = _mm512_add_epi32(sum[t], _mm512_mullo_epi32(part[t], scale));
+        pin(sum[t]);
+      }
     }
   }
 

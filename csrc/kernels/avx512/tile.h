@@ -31,7 +31,7 @@ namespace pe {
 namespace {
 
 constexpr size_t kRows = 16;
-constexpr size_t kBatch = 128;  // tokens that meet a panel before the next is decoded: their codes stay in the L2 cache
+constexpr size_t kBatch = 256;  // tokens that meet a panel before the next is decoded: their codes stay in the L2 cache
 constexpr int kGroup = 8;       // tokens multiplied at once
 
 PE_INLINE __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
@@ -105,6 +105,13 @@ struct Tokens {
   PE_INLINE const int16_t* sum16(int t) const { return reinterpret_cast<const int16_t*>(q[t] + at.sum16_at); }
   PE_INLINE const int16_t* sum32(int t) const { return reinterpret_cast<const int16_t*>(q[t] + at.sum32_at); }
 };
+
+// A value the compiler must have in a register here. Without it additions are reordered: all products first, and spilled.
+PE_INLINE void pin(__m512i& v) {
+#if defined(__GNUC__)
+  __asm__ volatile("" : "+v"(v));
+#endif
+}
 
 // sum[t] += S steps times the activations of token t from column `at` on.
 template <int T, int S>
