@@ -4,8 +4,8 @@
 
 For each trained model (a Hugging Face folder 256 columns wide under models/): the F32 file is written by our
 converter, and llama.cpp's quantiser makes one file of each type from it, every matrix in that type (its ``pure``
-option). Both engines evaluate the same windows of 256 tokens, the beginning-of-sequence token first, KV cache f16; llama.cpp with its defaults but
-without flash attention (which sums values in half precision). From the raw logits, in float64:
+option). Both engines evaluate the same windows of 256 tokens, the beginning-of-sequence token first, KV cache f16;
+llama.cpp with its defaults but without flash attention (which sums values in half precision). From the raw logits:
 
     perplexity   exp of the mean negative log likelihood of the next token; "difference" is ours / theirs - 1
     divergence   mean over all positions of KL(F32 || quantised), F32 being the F32 file here with an F32 cache; "ratio"
@@ -170,9 +170,8 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps([asdict(c) for c in results], indent=1))
     missed = sum(not c.passes for c in results)
-    print(
-        f"\n{len(results)} files, {results[0].tokens} tokens each, llama-cpp-python {llama_cpp.__version__}: {missed} missed"
-    )
+    peer = f"llama-cpp-python {llama_cpp.__version__}"
+    print(f"\n{len(results)} files, {results[0].tokens} tokens each, {peer}: {missed} missed")
     return 1 if missed else 0
 
 

@@ -2,20 +2,20 @@
 
     python benchmarks/vs_llama_cpp.py MODEL.gguf                                       prefill 512, decode 128
     python benchmarks/vs_llama_cpp.py MODEL.gguf --prefill 4096 --depth 4096 --ik BUILD
-    python benchmarks/vs_llama_cpp.py MODEL.gguf --prefill --depth 8192 --kv q8_0 --keep --only 'pyengine,llama+fa,ik+rtr+fa'
+    python benchmarks/vs_llama_cpp.py MODEL.gguf --prefill --depth 8192 --kv q8_0 --keep --only 'pyengine,ik+rtr+fa'
 
 Every round runs every engine once, each in a process of its own that is ended before the next starts, the order
 reversed from round to round. Measured, in this order in each process:
 
     load     from opening the model to the first logits (of one token), the file in the page cache
     prefill  N tokens into an empty context, logits of the last; after an untimed prefill of 64
-    decode   N steps of one token after DEPTH tokens (a prefill of DEPTH, untimed; one step made and taken back before the
-             first); no sampling on either side
+    decode   N steps of one token after DEPTH tokens (a prefill of DEPTH, untimed; one step made and taken back before
+             the first); no sampling on either side
     memory   peak of RssAnon and swap, sampled every 50 ms: private copies of weights, KV cache, scratch
 
 All engines get the same token ids and threads. Peers: batches of 2048 in steps of 512 (their defaults), flash attention
-on and off, weights repacked and not. The figure of a table is the median over the rounds; "best" is the variant of a peer
-with the best median; a ratio is the median of the rounds' ratios to it. --keep leaves the processes alive (asleep)
+on and off, weights repacked and not. The figure of a table is the median over the rounds; "best" is the variant of a
+peer with the best median; a ratio is the median of the rounds' ratios to it. --keep leaves the processes alive (asleep)
 between rounds so that a deep context is filled once: then each decode needs one depth only, and load is measured once.
 --states DIR: the peers keep filled contexts there and read them the next time.
 

@@ -60,7 +60,7 @@ def test_kernels_use_c_headers_only() -> None:
 
 def test_only_dispatch_knows_the_tiers() -> None:
     tiers = {p.name for p in (CSRC / "kernels").iterdir() if p.is_dir()}
-    assert {"scalar", "avx2"} <= tiers
+    assert {"scalar", "avx2", "avx512"} <= tiers
     wrong = []
     for path in sources(CSRC):
         for _, name in includes(path):
