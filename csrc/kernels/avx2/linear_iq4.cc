@@ -57,10 +57,11 @@ struct IQ4_NL {
     }
   }
 
-  static void prepare(const int8_t* q, const int16_t*, size_t n, Side* side) { prepare_wide(q, n, side); }
+  static void prepare(const Token& x, size_t n, Side* side) { prepare_wide(x.q, n, side); }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<IQ4_NL, kTokens>& x, size_t n, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<IQ4_NL, kTokens>& x, size_t n, float* acc,
+                                   size_t stride) {
     for (size_t b = 0; b < n; ++b) {
       __m256i sum[kTokens][2];
       for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
@@ -120,10 +121,11 @@ struct IQ4_XS {
     }
   }
 
-  static void prepare(const int8_t* q, const int16_t*, size_t, Side* side) { prepare_wide(q, 8, side); }
+  static void prepare(const Token& x, size_t, Side* side) { prepare_wide(x.q, 8, side); }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<IQ4_XS, kTokens>& x, size_t, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<IQ4_XS, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
     __m256i sum[kTokens][2];
     for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
     for (size_t j = 0; j < 8; ++j) chain_wide<kTokens>(panel.levels[j], x.side, j, sum);

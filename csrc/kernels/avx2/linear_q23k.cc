@@ -48,11 +48,11 @@ struct Q2_K {
     __m256 d[2], dmin[2];
   };
   struct Side {
-    int16_t sum[16];  // of each sub-block's activations
+    const int16_t* sum;  // of each sub-block's activations
   };
   static constexpr size_t kPanels = 4;
 
-  static void prepare(const int8_t*, const int16_t* sum, size_t, Side* side) { store(side->sum, sums16(sum)); }
+  static void prepare(const Token& x, size_t, Side* side) { side->sum = x.sum16; }
 
   static void scales(const uint8_t* const row[8], size_t at, Scales* out) {
     __m256i v[4];
@@ -91,7 +91,8 @@ struct Q2_K {
   }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q2_K, kTokens>& x, size_t, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q2_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
     __m256i whole[kTokens][2];
     multiply16<kTokens, false>(panel.codes, panel.scale, x.q, nullptr, whole);
     for (int t = 0; t < kTokens; ++t) {
@@ -128,14 +129,12 @@ struct Q2_K {
       prefetch(ahead + 8 * at, 8 * sizeof(Block));
       Scales s;
       scales(rows, at, &s);
-      int16_t sum[16];
-      store(sum, sums16(x.sum + 32 * b));
       const int8_t* q = x.q + 256 * b;
       const __m256i v[4] = {dot_rows<0>(rows, at, q, s.scale), dot_rows<1>(rows, at, q, s.scale),
                             dot_rows<2>(rows, at, q, s.scale), dot_rows<3>(rows, at, q, s.scale)};
       const __m256 a = _mm256_set1_ps(x.scale[b]);
       acc = add_term(acc, load_f16(rows, at + offsetof(Block, d)), a, fold4(v));
-      acc = subtract_term(acc, load_f16(rows, at + offsetof(Block, dmin)), a, min_term(s.min, sum));
+      acc = subtract_term(acc, load_f16(rows, at + offsetof(Block, dmin)), a, min_term(s.min, x.sum16 + 16 * b));
     }
     return acc;
   }
@@ -154,7 +153,7 @@ struct Q3_K {
   };
   static constexpr size_t kPanels = 4;
 
-  static void prepare(const int8_t*, const int16_t* sum, size_t, Side* side) { centre16(sum, 4, side->centre); }
+  static void prepare(const Token& x, size_t, Side* side) { centre16(x.sum, 4, side->centre); }
 
   // Bit b of every byte, moved to bit 2.
   static __m256i third_bit(__m256i v, int b) {
@@ -205,7 +204,8 @@ struct Q3_K {
   }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q3_K, kTokens>& x, size_t, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q3_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
     const int32_t* centre[kTokens];
     for (int t = 0; t < kTokens; ++t) centre[t] = x.side[t].centre;
     __m256i whole[kTokens][2];

@@ -32,13 +32,6 @@ inline void scales_k4(const uint8_t* const row[8], size_t at, ScalesK4* out) {
   out->dmin = _mm256_cvtph_ps(_mm256_extracti128_si256(sorted, 1));
 }
 
-// Sums of 32, as eight int16.
-inline void sums32(const int16_t* sum, int16_t out[8]) {
-  const __m256i pairs = _mm256_madd_epi16(sums16(sum), _mm256_set1_epi16(1));
-  const __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
-}
-
 // The term of the minima for 8 rows: sum over sub-blocks of min * sum of activations.
 inline __m256i min_term(const __m256i* min, const int16_t sum[8]) {
   const __m256i a = _mm256_add_epi32(_mm256_madd_epi16(load(min), broadcast32(sum)),
@@ -58,7 +51,7 @@ struct PanelK4 {
 };
 
 struct SideK4 {
-  int16_t sum[8];  // of each sub-block's activations
+  const int16_t* sum;  // of each sub-block's activations
 };
 
 // kChains per sub-block: 16 products a lane of codes 0 .. 15 end within +-30480; of 0 .. 31 only 8 fit (31496).
@@ -105,7 +98,7 @@ struct Q4_K {
   static constexpr size_t kPanels = 4;
   using Panel = PanelK4;
   using Side = SideK4;
-  static void prepare(const int8_t*, const int16_t* sum, size_t, Side* side) { sums32(sum, side->sum); }
+  static void prepare(const Token& x, size_t, Side* side) { side->sum = x.sum32; }
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
     const size_t at = first * sizeof(Block);
@@ -124,7 +117,8 @@ struct Q4_K {
   }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q4_K, kTokens>& x, size_t, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q4_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
     multiply_k4<kTokens, 1>(panel, x, acc, stride);
   }
 
@@ -134,8 +128,6 @@ struct Q4_K {
       const size_t at = b * sizeof(Block);
       ScalesK4 s;
       scales_k4(rows, at, &s);
-      int16_t sum[8];
-      sums32(x.sum + 32 * b, sum);
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
         prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));
@@ -153,7 +145,7 @@ struct Q4_K {
       }
       const __m256 a = _mm256_set1_ps(x.scale[b]);
       acc = add_term(acc, s.d, a, fold8(v));
-      acc = subtract_term(acc, s.dmin, a, min_term(s.min, sum));
+      acc = subtract_term(acc, s.dmin, a, min_term(s.min, x.sum32 + 8 * b));
     }
     return acc;
   }
@@ -173,7 +165,7 @@ struct Q5_K {
   static constexpr size_t kPanels = 4;
   using Panel = PanelK4;
   using Side = SideK4;
-  static void prepare(const int8_t*, const int16_t* sum, size_t, Side* side) { sums32(sum, side->sum); }
+  static void prepare(const Token& x, size_t, Side* side) { side->sum = x.sum32; }
 
   // Sub-blocks 2 c and 2 c + 1.
   template <int kC>
@@ -206,7 +198,8 @@ struct Q5_K {
   }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q5_K, kTokens>& x, size_t, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q5_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
     multiply_k4<kTokens, 2>(panel, x, acc, stride);
   }
 
@@ -229,8 +222,6 @@ struct Q5_K {
       const size_t at = b * sizeof(Block);
       ScalesK4 s;
       scales_k4(rows, at, &s);
-      int16_t sum[8];
-      sums32(x.sum + 32 * b, sum);
       const int8_t* q = x.q + 256 * b;
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
@@ -242,7 +233,7 @@ struct Q5_K {
       }
       const __m256 a = _mm256_set1_ps(x.scale[b]);
       acc = add_term(acc, s.d, a, fold8(v));
-      acc = subtract_term(acc, s.dmin, a, min_term(s.min, sum));
+      acc = subtract_term(acc, s.dmin, a, min_term(s.min, x.sum32 + 8 * b));
     }
     return acc;
   }
@@ -263,7 +254,7 @@ struct Q6_K {
   };
   static constexpr size_t kPanels = 4;
 
-  static void prepare(const int8_t*, const int16_t* sum, size_t, Side* side) { centre16(sum, 32, side->centre); }
+  static void prepare(const Token& x, size_t, Side* side) { centre16(x.sum, 32, side->centre); }
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
     const size_t at = first * sizeof(Block);
@@ -306,7 +297,8 @@ struct Q6_K {
   }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q6_K, kTokens>& x, size_t, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q6_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
     __m256i whole[kTokens][2];
     for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
     for (int j = 0; j < 16; ++j) {
@@ -353,7 +345,7 @@ struct Q6_K {
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       const int8_t* q = x.q + 256 * b;
-      const __m256i sum = sums16(x.sum + 32 * b);
+      const __m256i sum = load(x.sum16 + 16 * b);
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
         prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));

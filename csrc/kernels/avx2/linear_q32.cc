@@ -33,10 +33,11 @@ struct Q4_0 {
     }
   }
 
-  static void prepare(const int8_t*, const int16_t* sum, size_t, Side* side) { centre32(sum, 8, side->centre); }
+  static void prepare(const Token& x, size_t, Side* side) { centre32(x.sum, 8, side->centre); }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q4_0, kTokens>& x, size_t n, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q4_0, kTokens>& x, size_t n, float* acc,
+                                   size_t stride) {
     __m256 f[kTokens][2];
     for (int t = 0; t < kTokens; ++t) {
       for (int h = 0; h < 2; ++h) f[t][h] = _mm256_loadu_ps(acc + stride * static_cast<size_t>(t) + 8 * h);
@@ -80,17 +81,9 @@ struct Q4_0 {
       const __m256i c = _mm256_madd_epi16(_mm256_packs_epi32(v[2], v[3]), ones);
       const __m256i dot = _mm256_madd_epi16(_mm256_packs_epi32(a, c), ones);
       acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[b]),
-                     _mm256_sub_epi32(dot, offset(x.sum + 4 * b)));
+                     _mm256_sub_epi32(dot, _mm256_set1_epi32(8 * x.sum32[b])));
     }
     return acc;
-  }
-
-  // 8 times the sum of a block's activations, from its four partial sums.
-  static __m256i offset(const int16_t sum[4]) {
-    int64_t four;
-    memcpy(&four, sum, 8);
-    const __m256i two = _mm256_madd_epi16(_mm256_set1_epi64x(four), _mm256_set1_epi16(8));
-    return _mm256_add_epi32(two, _mm256_shuffle_epi32(two, 0xb1));
   }
 };
 
@@ -122,10 +115,11 @@ struct Q8_0 {
     }
   }
 
-  static void prepare(const int8_t* q, const int16_t*, size_t n, Side* side) { prepare_wide(q, n, side); }
+  static void prepare(const Token& x, size_t n, Side* side) { prepare_wide(x.q, n, side); }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q8_0, kTokens>& x, size_t n, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q8_0, kTokens>& x, size_t n, float* acc,
+                                   size_t stride) {
     for (size_t b = 0; b < n; ++b) {
       __m256i sum[kTokens][2];
       for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();

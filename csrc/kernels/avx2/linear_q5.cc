@@ -6,14 +6,6 @@
 namespace pe {
 namespace {
 
-// The sum of the 32 activations of a block, from its four partial sums.
-inline __m256i sum32(const int16_t sum[4]) {
-  int64_t four;
-  memcpy(&four, sum, 8);
-  const __m256i two = _mm256_madd_epi16(_mm256_set1_epi64x(four), _mm256_set1_epi16(1));
-  return _mm256_add_epi32(two, _mm256_shuffle_epi32(two, 0xb1));
-}
-
 // 16 in each byte of v that has all bits of that byte of `bits`, else 0.
 inline __m256i fifth_bit(__m256i v, __m256i bits) {
   const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(v, bits), bits);
@@ -73,18 +65,19 @@ struct Nibbles {
   }
 
   struct Side {
-    int32_t centre[8];  // [block]: a pair of int16
-    int32_t sum[8];     // [block]
+    int32_t centre[8];   // [block]: a pair of int16
+    const int16_t* sum;  // [block]
   };
   static constexpr size_t kPanels = 4;
 
-  static void prepare(const int8_t*, const int16_t* sum, size_t n, Side* side) {
-    if constexpr (kFifth) centre32(sum, kCentre, side->centre);
-    for (size_t b = 0; kMin && b < n; ++b) side->sum[b] = sum[4 * b] + sum[4 * b + 1] + sum[4 * b + 2] + sum[4 * b + 3];
+  static void prepare(const Token& x, size_t, Side* side) {
+    if constexpr (kFifth) centre32(x.sum, kCentre, side->centre);
+    side->sum = x.sum32;
   }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Nibbles, kTokens>& x, size_t n, float* acc, size_t stride) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Nibbles, kTokens>& x, size_t n, float* acc,
+                                   size_t stride) {
     for (size_t b = 0; b < n; ++b) {
       __m256i sum[kTokens][2];
       for (int t = 0; t < kTokens; ++t) {
@@ -94,7 +87,7 @@ struct Nibbles {
       chain<kTokens, 8, !kFifth>(panel.codes[b][0], x.q, 32 * b, sum);
       for (int t = 0; t < kTokens; ++t) {
         const __m256 a = _mm256_set1_ps(x.scale[t][b]);
-        const __m256i total = kMin ? broadcast32(&x.side[t].sum[b]) : _mm256_setzero_si256();
+        const __m256i total = kMin ? _mm256_set1_epi32(x.side[t].sum[b]) : _mm256_setzero_si256();
         for (int h = 0; h < 2; ++h) {
           float* to = acc + stride * static_cast<size_t>(t) + 8 * h;
           __m256 f = _mm256_loadu_ps(to);
@@ -136,7 +129,7 @@ struct Nibbles {
       const __m256i half[2] = {_mm256_madd_epi16(_mm256_packs_epi32(v[0], v[1]), ones),
                                _mm256_madd_epi16(_mm256_packs_epi32(v[2], v[3]), ones)};
       __m256i dot = _mm256_hadd_epi32(half[0], half[1]);
-      const __m256i total = sum32(x.sum + 4 * b);
+      const __m256i total = _mm256_set1_epi32(x.sum32[b]);
       const __m256 a = _mm256_set1_ps(x.scale[b]);
       if constexpr (!kMin) dot = _mm256_sub_epi32(dot, _mm256_slli_epi32(total, 4));
       acc = add_term(acc, load_f16(rows, at), a, dot);
