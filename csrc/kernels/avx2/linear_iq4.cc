@@ -1,7 +1,5 @@
-// Linear for IQ4_NL and IQ4_XS: nibbles that index a table of 16 int8 levels. tile.h explains the shape of the loops.
-//
-// Many tokens. Pairs of levels would saturate or overflow a chain, so a level is 16 h + l - 128 with nibbles h, l, as a
-// code of Q8_0 is, and the two planes are multiplied one after the other; each has a table of its own.
+// Linear for IQ4_NL and IQ4_XS: nibbles that index a table of 16 int8 levels. tile.h explains the shape of the loops; with
+// many tokens the panel holds levels as int16, those of IQ4_XS times their scale (within +-4064).
 #include "kernels/avx2/tile.h"
 #include "kernels/tiers.h"
 
@@ -10,43 +8,21 @@ namespace {
 
 inline __m256i levels() { return broadcast128(kIq4Values); }
 
-struct Planes {
-  uint8_t high[8][64];  // [step][4 row + column]
-  uint8_t low[8][64];
-};
-
-// The 32 codes at byte `at` of 8 rows.
-inline void decode32(const uint8_t* const row[8], size_t at, int half, Planes* planes) {
-  const __m256i shifted = _mm256_xor_si256(levels(), _mm256_set1_epi8(-128));  // level + 128
-  const __m256i high = high_nibbles(shifted), low = low_nibbles(shifted);
+// The 32 levels at byte `at` of 8 rows times scale: per row a pair of int16.
+template <bool kScaled>
+inline void decode32(const uint8_t* const row[8], size_t at, int half, __m256i scale, Wide* wide) {
   __m256i v[4];
   transpose16(row, at, v);
   for (int s = 0; s < 4; ++s) {
-    const __m256i first = low_nibbles(v[s]), second = high_nibbles(v[s]);
-    store(planes->high[s] + 32 * half, _mm256_shuffle_epi8(high, first));
-    store(planes->high[s + 4] + 32 * half, _mm256_shuffle_epi8(high, second));
-    store(planes->low[s] + 32 * half, _mm256_shuffle_epi8(low, first));
-    store(planes->low[s + 4] + 32 * half, _mm256_shuffle_epi8(low, second));
-  }
-}
-
-// whole += scale * (levels times activations 32 block ..), scale: per row a pair of int16 within +-2047.
-template <int kTokens>
-inline void multiply32(const Planes& planes, const Tokens<kTokens>& x, size_t block, const __m256i scale[2],
-                       __m256i whole[kTokens][2]) {
-  __m256i sum[kTokens][2];
-  for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = centre(x.sum[t], block, 8);
-  chain<kTokens, 8>(planes.high[0], x.q, 32 * block, sum);  // 16 products of -8 .. 7: ends within +-16256
-  for (int t = 0; t < kTokens; ++t) {
-    for (int h = 0; h < 2; ++h) {
-      whole[t][h] = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], _mm256_slli_epi16(scale[h], 4)));
-      sum[t][h] = _mm256_setzero_si256();
-    }
-  }
-  chain<kTokens, 8>(planes.low[0], x.q, 32 * block, sum);  // 16 products of 0 .. 15: within +-30480
-  for (int t = 0; t < kTokens; ++t) {
-    for (int h = 0; h < 2; ++h) {
-      whole[t][h] = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], scale[h]));
+    for (int part = 0; part < 2; ++part) {
+      const __m256i level = _mm256_shuffle_epi8(levels(), part == 0 ? low_nibbles(v[s]) : high_nibbles(v[s]));
+      __m256i even = even_bytes(level), odd = odd_bytes(level);
+      if constexpr (kScaled) {
+        even = _mm256_mullo_epi16(even, scale);
+        odd = _mm256_mullo_epi16(odd, scale);
+      }
+      store(wide->codes[8 * part + 2 * s] + 16 * half, even);
+      store(wide->codes[8 * part + 2 * s + 1] + 16 * half, odd);
     }
   }
 }
@@ -61,58 +37,50 @@ inline __m256i dot32(__m256i packed, __m256i q0, __m256i q1, __m256i scale) {
   return _mm256_add_epi32(_mm256_madd_epi16(a, scale), _mm256_madd_epi16(b, scale));
 }
 
-template <int kTokens>
-inline void add_block(const __m256 d[2], const Tokens<kTokens>& x, size_t block, const __m256i whole[kTokens][2],
-                      float (*acc)[16]) {
-  for (int t = 0; t < kTokens; ++t) {
-    const __m256 a = _mm256_set1_ps(x.scale[t][block]);
-    for (int h = 0; h < 2; ++h) {
-      const __m256 f = _mm256_loadu_ps(acc[t] + 8 * h);
-      _mm256_storeu_ps(acc[t] + 8 * h, add_term(f, d[h], a, whole[t][h]));
-    }
-  }
-}
-
 struct IQ4_NL {
   using Block = BlockIQ4_NL;
   static constexpr size_t kBlock = 32;
   struct Panel {
-    Planes planes[8];  // [block]
-    __m256 d[8][2];    // [block][rows 0-7, 8-15]
+    Wide levels[8];
+    __m256 d[8][2];  // [block][rows 0-7, 8-15]
   };
+  using Side = WideSide;
+  static constexpr size_t kPanels = 2;
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t n, Panel* panel) {
     for (size_t b = 0; b < n; ++b) {
       const size_t at = (first + b) * sizeof(Block);
       for (int half = 0; half < 2; ++half) {
-        decode32(rows + 8 * half, at + offsetof(Block, qs), half, &panel->planes[b]);
+        decode32<false>(rows + 8 * half, at + offsetof(Block, qs), half, levels(), &panel->levels[b]);
         panel->d[b][half] = load_f16(rows + 8 * half, at);
       }
     }
   }
 
+  static void prepare(const Token& x, size_t n, Side* side) { prepare_wide(x.q, n, side); }
+
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t n, float (*acc)[16]) {
-    const __m256i ones[2] = {_mm256_set1_epi16(1), _mm256_set1_epi16(1)};
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<IQ4_NL, kTokens>& x, size_t n, float* acc,
+                                   size_t stride) {
     for (size_t b = 0; b < n; ++b) {
-      __m256i whole[kTokens][2];
-      for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
-      multiply32(panel.planes[b], x, first + b, ones, whole);
-      add_block(panel.d[b], x, first + b, whole, acc);
+      __m256i sum[kTokens][2];
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+      chain_wide<kTokens>(panel.levels[b], x.side, b, sum);
+      add_block(panel.d[b], x.scale, b, sum, acc, stride);
     }
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       prefetch(ahead + 8 * at, 8 * sizeof(Block));
-      const __m256i q0 = broadcast128(x.q[0] + 32 * b), q1 = broadcast128(x.q[0] + 32 * b + 16);
+      const __m256i q0 = broadcast128(x.q + 32 * b), q1 = broadcast128(x.q + 32 * b + 16);
       __m256i v[4];
       for (int r = 0; r < 4; ++r) {
         v[r] = dot32(two_rows(rows, r, at + offsetof(Block, qs)), q0, q1, _mm256_set1_epi16(1));
       }
-      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]), fold4(v));
+      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[b]), fold4(v));
     }
     return acc;
   }
@@ -122,10 +90,11 @@ struct IQ4_XS {
   using Block = BlockIQ4_XS;
   static constexpr size_t kBlock = 256;
   struct Panel {
-    Planes planes[8];     // [sub-block]
-    __m256i scale[8][2];  // [sub-block][rows 0-7, 8-15]: per row (sc, sc)
+    Wide levels[8];  // times the scale of their sub-block
     __m256 d[2];
   };
+  using Side = WideSide;
+  static constexpr size_t kPanels = 2;
 
   // Scales less 32, [sub-block]: per row (sc, sc). A block begins with dwords (d, scales_h), scales_l.
   static void scales(const uint8_t* const row[8], size_t at, __m256i out[8]) {
@@ -146,19 +115,21 @@ struct IQ4_XS {
       __m256i scale[8];
       scales(row, at, scale);
       for (int j = 0; j < 8; ++j) {
-        decode32(row, at + offsetof(Block, qs) + 16 * static_cast<size_t>(j), half, &panel->planes[j]);
-        panel->scale[j][half] = scale[j];
+        decode32<true>(row, at + offsetof(Block, qs) + 16 * static_cast<size_t>(j), half, scale[j], &panel->levels[j]);
       }
       panel->d[half] = load_f16(row, at);
     }
   }
 
+  static void prepare(const Token& x, size_t, Side* side) { prepare_wide(x.q, 8, side); }
+
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t, float (*acc)[16]) {
-    __m256i whole[kTokens][2];
-    for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
-    for (size_t j = 0; j < 8; ++j) multiply32(panel.planes[j], x, 8 * first + j, panel.scale[j], whole);
-    add_block(panel.d, x, first, whole, acc);
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<IQ4_XS, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
+    __m256i sum[kTokens][2];
+    for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+    for (size_t j = 0; j < 8; ++j) chain_wide<kTokens>(panel.levels[j], x.side, j, sum);
+    add_block(panel.d, x.scale, 0, sum, acc, stride);
   }
 
   // Rows kR and kR + 4 against q (from the block on): four int32 each.
@@ -173,17 +144,17 @@ struct IQ4_XS {
     return whole;
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       prefetch(ahead + 8 * at, 8 * sizeof(Block));
       __m256i scale[8];
       scales(rows, at, scale);
-      const int8_t* q = x.q[0] + 256 * b;
+      const int8_t* q = x.q + 256 * b;
       const __m256i v[4] = {dot_rows<0>(rows, at, q, scale), dot_rows<1>(rows, at, q, scale),
                             dot_rows<2>(rows, at, q, scale), dot_rows<3>(rows, at, q, scale)};
-      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]), fold4(v));
+      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[b]), fold4(v));
     }
     return acc;
   }

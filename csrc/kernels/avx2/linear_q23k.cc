@@ -17,20 +17,15 @@ inline __m256i of_rows(__m256i v) {
 }
 
 // Sub-blocks of the panel times tokens. A lane ends as 8 products of +-127 and 0 .. 3, or -4 .. 3: at most 4064.
+// centre: where the lanes of each token's sub-blocks start (pairs of int16); none: at 0.
 template <int kTokens, bool kCentred>
-inline void multiply16(const uint8_t (*codes)[4][64], const __m256i (*scale)[2], const Tokens<kTokens>& x, size_t block,
-                       __m256i whole[kTokens][2]) {
+inline void multiply16(const uint8_t (*codes)[4][64], const __m256i (*scale)[2], const int8_t* const q[kTokens],
+                       const int32_t* const centre[kTokens], __m256i whole[kTokens][2]) {
   for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
   for (int j = 0; j < 16; ++j) {
     __m256i sum[kTokens][2];
-    for (int t = 0; t < kTokens; ++t) {
-      sum[t][0] = sum[t][1] = _mm256_setzero_si256();
-      if constexpr (kCentred) {
-        const __m256i lanes = broadcast32(x.sum[t] + 32 * block + 2 * j);
-        sum[t][0] = sum[t][1] = _mm256_mullo_epi16(lanes, _mm256_set1_epi16(-4));
-      }
-    }
-    chain<kTokens, 4>(codes[j][0], x.q, 256 * block + 16 * static_cast<size_t>(j), sum);
+    for (int t = 0; kCentred && t < kTokens; ++t) sum[t][0] = sum[t][1] = broadcast32(centre[t] + j);
+    chain<kTokens, 4, !kCentred>(codes[j][0], q, 16 * static_cast<size_t>(j), sum);
     for (int t = 0; t < kTokens; ++t) {
       for (int h = 0; h < 2; ++h) {
         whole[t][h] = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], scale[j][h]));
@@ -52,6 +47,12 @@ struct Q2_K {
     __m256i min[2][8];
     __m256 d[2], dmin[2];
   };
+  struct Side {
+    const int16_t* sum;  // of each sub-block's activations
+  };
+  static constexpr size_t kPanels = 4;
+
+  static void prepare(const Token& x, size_t, Side* side) { side->sum = x.sum16; }
 
   static void scales(const uint8_t* const row[8], size_t at, Scales* out) {
     __m256i v[4];
@@ -90,18 +91,18 @@ struct Q2_K {
   }
 
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t, float (*acc)[16]) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q2_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
     __m256i whole[kTokens][2];
-    multiply16<kTokens, false>(panel.codes, panel.scale, x, first, whole);
+    multiply16<kTokens, false>(panel.codes, panel.scale, x.q, nullptr, whole);
     for (int t = 0; t < kTokens; ++t) {
-      int16_t sum[16];
-      store(sum, sums16(x.sum[t] + 32 * first));
-      const __m256 a = _mm256_set1_ps(x.scale[t][first]);
+      const __m256 a = _mm256_set1_ps(*x.scale[t]);
       for (int h = 0; h < 2; ++h) {
-        __m256 f = _mm256_loadu_ps(acc[t] + 8 * h);
+        float* to = acc + stride * static_cast<size_t>(t) + 8 * h;
+        __m256 f = _mm256_loadu_ps(to);
         f = add_term(f, panel.d[h], a, whole[t][h]);
-        f = subtract_term(f, panel.dmin[h], a, min_term(panel.min[h], sum));
-        _mm256_storeu_ps(acc[t] + 8 * h, f);
+        f = subtract_term(f, panel.dmin[h], a, min_term(panel.min[h], x.side[t].sum));
+        _mm256_storeu_ps(to, f);
       }
     }
   }
@@ -121,21 +122,19 @@ struct Q2_K {
     return whole;
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       prefetch(ahead + 8 * at, 8 * sizeof(Block));
       Scales s;
       scales(rows, at, &s);
-      int16_t sum[16];
-      store(sum, sums16(x.sum[0] + 32 * b));
-      const int8_t* q = x.q[0] + 256 * b;
+      const int8_t* q = x.q + 256 * b;
       const __m256i v[4] = {dot_rows<0>(rows, at, q, s.scale), dot_rows<1>(rows, at, q, s.scale),
                             dot_rows<2>(rows, at, q, s.scale), dot_rows<3>(rows, at, q, s.scale)};
-      const __m256 a = _mm256_set1_ps(x.scale[0][b]);
+      const __m256 a = _mm256_set1_ps(x.scale[b]);
       acc = add_term(acc, load_f16(rows, at + offsetof(Block, d)), a, fold4(v));
-      acc = subtract_term(acc, load_f16(rows, at + offsetof(Block, dmin)), a, min_term(s.min, sum));
+      acc = subtract_term(acc, load_f16(rows, at + offsetof(Block, dmin)), a, min_term(s.min, x.sum16 + 16 * b));
     }
     return acc;
   }
@@ -149,6 +148,12 @@ struct Q3_K {
     __m256i scale[16][2];      // [sub-block][rows 0-7, 8-15]: per row (sc, sc)
     __m256 d[2];
   };
+  struct Side {
+    int32_t centre[16];  // [sub-block]: a pair of int16
+  };
+  static constexpr size_t kPanels = 4;
+
+  static void prepare(const Token& x, size_t, Side* side) { centre16(x.sum, 4, side->centre); }
 
   // Bit b of every byte, moved to bit 2.
   static __m256i third_bit(__m256i v, int b) {
@@ -199,16 +204,13 @@ struct Q3_K {
   }
 
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t, float (*acc)[16]) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q3_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
+    const int32_t* centre[kTokens];
+    for (int t = 0; t < kTokens; ++t) centre[t] = x.side[t].centre;
     __m256i whole[kTokens][2];
-    multiply16<kTokens, true>(panel.codes, panel.scale, x, first, whole);
-    for (int t = 0; t < kTokens; ++t) {
-      const __m256 a = _mm256_set1_ps(x.scale[t][first]);
-      for (int h = 0; h < 2; ++h) {
-        const __m256 f = _mm256_loadu_ps(acc[t] + 8 * h);
-        _mm256_storeu_ps(acc[t] + 8 * h, add_term(f, panel.d[h], a, whole[t][h]));
-      }
-    }
+    multiply16<kTokens, true>(panel.codes, panel.scale, x.q, centre, whole);
+    add_block(panel.d, x.scale, 0, whole, acc, stride);
   }
 
   // The codes in qs[16 kP ..] of rows kR and kR + 4. kP is no variable, so that shifts are constants.
@@ -233,7 +235,7 @@ struct Q3_K {
                             _mm256_add_epi32(dot_part<kR, 2>(rows, at, q, scale), dot_part<kR, 3>(rows, at, q, scale)));
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
@@ -241,13 +243,13 @@ struct Q3_K {
       __m256i scale[16], total = _mm256_setzero_si256();
       scales(rows, at, scale);
       for (int j = 0; j < 16; ++j) {  // scale * sum of activations
-        total = _mm256_add_epi32(total, _mm256_madd_epi16(scale[j], broadcast32(x.sum[0] + 32 * b + 2 * j)));
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(scale[j], broadcast32(x.sum + 32 * b + 2 * j)));
       }
-      const int8_t* q = x.q[0] + 256 * b;
+      const int8_t* q = x.q + 256 * b;
       const __m256i v[4] = {dot_rows<0>(rows, at, q, scale), dot_rows<1>(rows, at, q, scale),
                             dot_rows<2>(rows, at, q, scale), dot_rows<3>(rows, at, q, scale)};
       const __m256i dot = _mm256_sub_epi32(fold4(v), _mm256_slli_epi32(total, 2));
-      acc = add_term(acc, load_f16(rows, at + offsetof(Block, d)), _mm256_set1_ps(x.scale[0][b]), dot);
+      acc = add_term(acc, load_f16(rows, at + offsetof(Block, d)), _mm256_set1_ps(x.scale[b]), dot);
     }
     return acc;
   }

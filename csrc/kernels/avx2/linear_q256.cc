@@ -32,13 +32,6 @@ inline void scales_k4(const uint8_t* const row[8], size_t at, ScalesK4* out) {
   out->dmin = _mm256_cvtph_ps(_mm256_extracti128_si256(sorted, 1));
 }
 
-// Sums of 32, as eight int16.
-inline void sums32(const int16_t* sum, int16_t out[8]) {
-  const __m256i pairs = _mm256_madd_epi16(sums16(sum), _mm256_set1_epi16(1));
-  const __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
-}
-
 // The term of the minima for 8 rows: sum over sub-blocks of min * sum of activations.
 inline __m256i min_term(const __m256i* min, const int16_t sum[8]) {
   const __m256i a = _mm256_add_epi32(_mm256_madd_epi16(load(min), broadcast32(sum)),
@@ -57,17 +50,20 @@ struct PanelK4 {
   __m256 d[2], dmin[2];
 };
 
+struct SideK4 {
+  const int16_t* sum;  // of each sub-block's activations
+};
+
 // kChains per sub-block: 16 products a lane of codes 0 .. 15 end within +-30480; of 0 .. 31 only 8 fit (31496).
-template <int kTokens, int kChains>
-void multiply_k4(const PanelK4& panel, const Tokens<kTokens>& x, size_t block, float (*acc)[16]) {
+template <int kTokens, int kChains, class K>
+void multiply_k4(const PanelK4& panel, const Slice<K, kTokens>& x, float* acc, size_t stride) {
   constexpr int kSteps = 8 / kChains;
   __m256i whole[kTokens][2];
   for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
   for (int j = 0; j < 8; ++j) {
     for (int c = 0; c < kChains; ++c) {
       __m256i sum[kTokens][2];
-      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
-      chain<kTokens, kSteps>(panel.codes[j][kSteps * c], x.q, 256 * block + 32 * j + 4 * kSteps * c, sum);
+      chain<kTokens, kSteps, true>(panel.codes[j][kSteps * c], x.q, 32 * j + 4 * kSteps * c, sum);
       for (int t = 0; t < kTokens; ++t) {
         for (int h = 0; h < 2; ++h) {
           whole[t][h] = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], panel.scale[j][h]));
@@ -76,14 +72,13 @@ void multiply_k4(const PanelK4& panel, const Tokens<kTokens>& x, size_t block, f
     }
   }
   for (int t = 0; t < kTokens; ++t) {
-    int16_t sum[8];
-    sums32(x.sum[t] + 32 * block, sum);
-    const __m256 a = _mm256_set1_ps(x.scale[t][block]);
+    const __m256 a = _mm256_set1_ps(*x.scale[t]);
     for (int h = 0; h < 2; ++h) {
-      __m256 f = _mm256_loadu_ps(acc[t] + 8 * h);
+      float* to = acc + stride * static_cast<size_t>(t) + 8 * h;
+      __m256 f = _mm256_loadu_ps(to);
       f = add_term(f, panel.d[h], a, whole[t][h]);
-      f = subtract_term(f, panel.dmin[h], a, min_term(panel.min[h], sum));
-      _mm256_storeu_ps(acc[t] + 8 * h, f);
+      f = subtract_term(f, panel.dmin[h], a, min_term(panel.min[h], x.side[t].sum));
+      _mm256_storeu_ps(to, f);
     }
   }
 }
@@ -100,7 +95,10 @@ inline void decode_scales_k4(const uint8_t* const row[8], size_t at, int half, P
 struct Q4_K {
   using Block = BlockQ4_K;
   static constexpr size_t kBlock = 256;
+  static constexpr size_t kPanels = 4;
   using Panel = PanelK4;
+  using Side = SideK4;
+  static void prepare(const Token& x, size_t, Side* side) { side->sum = x.sum32; }
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
     const size_t at = first * sizeof(Block);
@@ -119,26 +117,25 @@ struct Q4_K {
   }
 
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t, float (*acc)[16]) {
-    multiply_k4<kTokens, 1>(panel, x, first, acc);
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q4_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
+    multiply_k4<kTokens, 1>(panel, x, acc, stride);
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       ScalesK4 s;
       scales_k4(rows, at, &s);
-      int16_t sum[8];
-      sums32(x.sum[0] + 32 * b, sum);
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
         prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));
         __m256i whole = _mm256_setzero_si256();
         for (int c = 0; c < 4; ++c) {
           const __m256i packed = load(rows[r] + at + offsetof(Block, qs) + 32 * static_cast<size_t>(c));
-          const __m256i low = _mm256_maddubs_epi16(low_nibbles(packed), load(x.q[0] + 256 * b + 64 * c));
-          const __m256i high = _mm256_maddubs_epi16(high_nibbles(packed), load(x.q[0] + 256 * b + 64 * c + 32));
+          const __m256i low = _mm256_maddubs_epi16(low_nibbles(packed), load(x.q + 256 * b + 64 * c));
+          const __m256i high = _mm256_maddubs_epi16(high_nibbles(packed), load(x.q + 256 * b + 64 * c + 32));
           whole = _mm256_add_epi32(
               whole, _mm256_madd_epi16(low, broadcast32(reinterpret_cast<int32_t*>(&s.scale[2 * c]) + r)));
           whole = _mm256_add_epi32(
@@ -146,9 +143,9 @@ struct Q4_K {
         }
         v[r] = whole;
       }
-      const __m256 a = _mm256_set1_ps(x.scale[0][b]);
+      const __m256 a = _mm256_set1_ps(x.scale[b]);
       acc = add_term(acc, s.d, a, fold8(v));
-      acc = subtract_term(acc, s.dmin, a, min_term(s.min, sum));
+      acc = subtract_term(acc, s.dmin, a, min_term(s.min, x.sum32 + 8 * b));
     }
     return acc;
   }
@@ -165,7 +162,10 @@ inline __m256i fifth_bit(__m256i v) {
 struct Q5_K {
   using Block = BlockQ5_K;
   static constexpr size_t kBlock = 256;
+  static constexpr size_t kPanels = 4;
   using Panel = PanelK4;
+  using Side = SideK4;
+  static void prepare(const Token& x, size_t, Side* side) { side->sum = x.sum32; }
 
   // Sub-blocks 2 c and 2 c + 1.
   template <int kC>
@@ -198,8 +198,9 @@ struct Q5_K {
   }
 
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t, float (*acc)[16]) {
-    multiply_k4<kTokens, 2>(panel, x, first, acc);
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q5_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
+    multiply_k4<kTokens, 2>(panel, x, acc, stride);
   }
 
   // Sub-blocks 2 c and 2 c + 1 of one row against q (from the block on).
@@ -215,15 +216,13 @@ struct Q5_K {
         _mm256_madd_epi16(y, broadcast32(reinterpret_cast<const int32_t*>(&s.scale[2 * kC + 1]) + r)));
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       ScalesK4 s;
       scales_k4(rows, at, &s);
-      int16_t sum[8];
-      sums32(x.sum[0] + 32 * b, sum);
-      const int8_t* q = x.q[0] + 256 * b;
+      const int8_t* q = x.q + 256 * b;
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
         prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));
@@ -232,9 +231,9 @@ struct Q5_K {
         v[r] = _mm256_add_epi32(_mm256_add_epi32(dot_pair<0>(block, high, q, s, r), dot_pair<1>(block, high, q, s, r)),
                                 _mm256_add_epi32(dot_pair<2>(block, high, q, s, r), dot_pair<3>(block, high, q, s, r)));
       }
-      const __m256 a = _mm256_set1_ps(x.scale[0][b]);
+      const __m256 a = _mm256_set1_ps(x.scale[b]);
       acc = add_term(acc, s.d, a, fold8(v));
-      acc = subtract_term(acc, s.dmin, a, min_term(s.min, sum));
+      acc = subtract_term(acc, s.dmin, a, min_term(s.min, x.sum32 + 8 * b));
     }
     return acc;
   }
@@ -250,6 +249,12 @@ struct Q6_K {
     __m256i scale[16][2];      // [sub-block][rows 0-7, 8-15]: per row (sc, sc)
     __m256 d[2];
   };
+  struct Side {
+    int32_t centre[16];  // [sub-block]: a pair of int16
+  };
+  static constexpr size_t kPanels = 4;
+
+  static void prepare(const Token& x, size_t, Side* side) { centre16(x.sum, 32, side->centre); }
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
     const size_t at = first * sizeof(Block);
@@ -292,16 +297,14 @@ struct Q6_K {
   }
 
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t, float (*acc)[16]) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q6_K, kTokens>& x, size_t, float* acc,
+                                   size_t stride) {
     __m256i whole[kTokens][2];
     for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
     for (int j = 0; j < 16; ++j) {
       __m256i sum[kTokens][2];
-      for (int t = 0; t < kTokens; ++t) {  // centred: codes - 32
-        const __m256i lanes = broadcast32(x.sum[t] + 32 * first + 2 * j);
-        sum[t][0] = sum[t][1] = _mm256_mullo_epi16(lanes, _mm256_set1_epi16(-32));
-      }
-      chain<kTokens, 4>(panel.codes[j][0], x.q, 256 * first + 16 * j, sum);
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = broadcast32(&x.side[t].centre[j]);
+      chain<kTokens, 4, false>(panel.codes[j][0], x.q, 16 * j, sum);
       // a lane ends as 8 products of -32 .. 31 and +-127: at most 32512
       for (int t = 0; t < kTokens; ++t) {
         for (int h = 0; h < 2; ++h) {
@@ -309,13 +312,7 @@ struct Q6_K {
         }
       }
     }
-    for (int t = 0; t < kTokens; ++t) {
-      const __m256 a = _mm256_set1_ps(x.scale[t][first]);
-      for (int h = 0; h < 2; ++h) {
-        const __m256 f = _mm256_loadu_ps(acc[t] + 8 * h);
-        _mm256_storeu_ps(acc[t] + 8 * h, add_term(f, panel.d[h], a, whole[t][h]));
-      }
-    }
+    add_block(panel.d, x.scale, 0, whole, acc, stride);
   }
 
   // 32 codes times 32 activations times their two scales: sub-blocks 2 j and 2 j + 1 fill one 128-bit half each.
@@ -343,12 +340,12 @@ struct Q6_K {
     return _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
-      const int8_t* q = x.q[0] + 256 * b;
-      const __m256i sum = sums16(x.sum[0] + 32 * b);
+      const int8_t* q = x.q + 256 * b;
+      const __m256i sum = load(x.sum16 + 16 * b);
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
         prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));
@@ -360,7 +357,7 @@ struct Q6_K {
         v[r] = _mm256_sub_epi32(_mm256_add_epi32(first, second), offset);
       }
       const __m256 d = load_f16(rows, at + offsetof(Block, d));
-      acc = add_term(acc, d, _mm256_set1_ps(x.scale[0][b]), fold8(v));
+      acc = add_term(acc, d, _mm256_set1_ps(x.scale[b]), fold8(v));
     }
     return acc;
   }

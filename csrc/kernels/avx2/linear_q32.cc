@@ -10,8 +10,12 @@ struct Q4_0 {
   static constexpr size_t kBlock = 32;
   struct Panel {
     uint8_t codes[8][8][64];  // [block][step][4 row + column]
-    float d[8][16];           // [block][row]
+    __m256 d[8][2];           // [block][rows 0-7, 8-15]
   };
+  struct Side {
+    int32_t centre[8];  // [block]: a pair of int16
+  };
+  static constexpr size_t kPanels = 4;
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t n, Panel* panel) {
     for (size_t b = 0; b < n; ++b) {
@@ -24,44 +28,47 @@ struct Q4_0 {
           store(panel->codes[b][s] + 32 * half, low_nibbles(v[s]));
           store(panel->codes[b][s + 4] + 32 * half, high_nibbles(v[s]));
         }
-        _mm256_storeu_ps(panel->d[b] + 8 * half, load_f16(row, at));
+        panel->d[b][half] = load_f16(row, at);
       }
     }
   }
 
+  static void prepare(const Token& x, size_t, Side* side) { centre32(x.sum, 8, side->centre); }
+
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t n, float (*acc)[16]) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q4_0, kTokens>& x, size_t n, float* acc,
+                                   size_t stride) {
     __m256 f[kTokens][2];
     for (int t = 0; t < kTokens; ++t) {
-      for (int h = 0; h < 2; ++h) f[t][h] = _mm256_loadu_ps(acc[t] + 8 * h);
+      for (int h = 0; h < 2; ++h) f[t][h] = _mm256_loadu_ps(acc + stride * static_cast<size_t>(t) + 8 * h);
     }
     for (size_t b = 0; b < n; ++b) {
       __m256i sum[kTokens][2];
-      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = centre(x.sum[t], first + b, 8);
-      chain<kTokens, 8>(panel.codes[b][0], x.q, 32 * (first + b), sum);
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = broadcast32(&x.side[t].centre[b]);
+      chain<kTokens, 8, false>(panel.codes[b][0], x.q, 32 * b, sum);
       // a lane ends as 16 products of -8 .. 7 and +-127: at most 16256
       for (int t = 0; t < kTokens; ++t) {
-        const __m256 a = _mm256_set1_ps(x.scale[t][first + b]);
+        const __m256 a = _mm256_set1_ps(x.scale[t][b]);
         for (int h = 0; h < 2; ++h) {
           const __m256i whole = _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1));
-          f[t][h] = add_term(f[t][h], _mm256_loadu_ps(panel.d[b] + 8 * h), a, whole);
+          f[t][h] = add_term(f[t][h], panel.d[b][h], a, whole);
         }
       }
     }
     for (int t = 0; t < kTokens; ++t) {
-      for (int h = 0; h < 2; ++h) _mm256_storeu_ps(acc[t] + 8 * h, f[t][h]);
+      for (int h = 0; h < 2; ++h) _mm256_storeu_ps(acc + stride * static_cast<size_t>(t) + 8 * h, f[t][h]);
     }
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       prefetch(ahead + 8 * at, 8 * sizeof(Block));
       // Rows r and r + 4 share a register; codes 0-15 of both meet q 0-15, codes 16-31 q 16-31.
-      const __m256i q0 = broadcast128(x.q[0] + 32 * b);
-      const __m256i q1 = broadcast128(x.q[0] + 32 * b + 16);
+      const __m256i q0 = broadcast128(x.q + 32 * b);
+      const __m256i q1 = broadcast128(x.q + 32 * b + 16);
       __m256i v[4];
       for (int r = 0; r < 4; ++r) {
         const __m256i packed = two_rows(rows, r, at + 2);
@@ -73,31 +80,22 @@ struct Q4_0 {
       const __m256i a = _mm256_madd_epi16(_mm256_packs_epi32(v[0], v[1]), ones);
       const __m256i c = _mm256_madd_epi16(_mm256_packs_epi32(v[2], v[3]), ones);
       const __m256i dot = _mm256_madd_epi16(_mm256_packs_epi32(a, c), ones);
-      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]),
-                     _mm256_sub_epi32(dot, offset(x.sum[0] + 4 * b)));
+      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[b]),
+                     _mm256_sub_epi32(dot, _mm256_set1_epi32(8 * x.sum32[b])));
     }
     return acc;
   }
-
-  // 8 times the sum of a block's activations, from its four partial sums.
-  static __m256i offset(const int16_t sum[4]) {
-    int64_t four;
-    memcpy(&four, sum, 8);
-    const __m256i two = _mm256_madd_epi16(_mm256_set1_epi64x(four), _mm256_set1_epi16(8));
-    return _mm256_add_epi32(two, _mm256_shuffle_epi32(two, 0xb1));
-  }
 };
 
-// A code of Q8_0 is 16 h + l - 128 with nibbles h, l. Pairs of whole bytes would saturate vpmaddubsw, so the two planes
-// of nibbles are multiplied one after the other: h as in Q4_0 (16 (h - 8) is the code less l), l without an offset.
 struct Q8_0 {
   using Block = BlockQ8_0;
   static constexpr size_t kBlock = 32;
+  static constexpr size_t kPanels = 2;
   struct Panel {
-    uint8_t high[8][8][64];
-    uint8_t low[8][8][64];
-    float d[8][16];
+    Wide codes[8];
+    __m256 d[8][2];  // [block][rows 0-7, 8-15]
   };
+  using Side = WideSide;
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t n, Panel* panel) {
     for (size_t b = 0; b < n; ++b) {
@@ -108,46 +106,34 @@ struct Q8_0 {
           __m256i v[4];
           transpose16(row, at + 2 + 16 * static_cast<size_t>(part), v);
           for (int s = 0; s < 4; ++s) {
-            const __m256i u = _mm256_xor_si256(v[s], _mm256_set1_epi8(-128));  // code + 128
-            store(panel->high[b][4 * part + s] + 32 * half, high_nibbles(u));
-            store(panel->low[b][4 * part + s] + 32 * half, low_nibbles(u));
+            store(panel->codes[b].codes[8 * part + 2 * s] + 16 * half, even_bytes(v[s]));
+            store(panel->codes[b].codes[8 * part + 2 * s + 1] + 16 * half, odd_bytes(v[s]));
           }
         }
-        _mm256_storeu_ps(panel->d[b] + 8 * half, load_f16(row, at));
+        panel->d[b][half] = load_f16(row, at);
       }
     }
   }
+
+  static void prepare(const Token& x, size_t n, Side* side) { prepare_wide(x.q, n, side); }
 
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t n, float (*acc)[16]) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q8_0, kTokens>& x, size_t n, float* acc,
+                                   size_t stride) {
     for (size_t b = 0; b < n; ++b) {
-      __m256i sum[kTokens][2], whole[kTokens][2];
-      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = centre(x.sum[t], first + b, 8);
-      chain<kTokens, 8>(panel.high[b][0], x.q, 32 * (first + b), sum);  // ends within +-16256
-      for (int t = 0; t < kTokens; ++t) {
-        for (int h = 0; h < 2; ++h) {
-          whole[t][h] = _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(16));
-          sum[t][h] = _mm256_setzero_si256();
-        }
-      }
-      chain<kTokens, 8>(panel.low[b][0], x.q, 32 * (first + b), sum);  // 16 products of 0 .. 15: within +-30480
-      for (int t = 0; t < kTokens; ++t) {
-        const __m256 a = _mm256_set1_ps(x.scale[t][first + b]);
-        for (int h = 0; h < 2; ++h) {
-          const __m256i i = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1)));
-          const __m256 f = _mm256_loadu_ps(acc[t] + 8 * h);
-          _mm256_storeu_ps(acc[t] + 8 * h, add_term(f, _mm256_loadu_ps(panel.d[b] + 8 * h), a, i));
-        }
-      }
+      __m256i sum[kTokens][2];
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+      chain_wide<kTokens>(panel.codes[b], x.side, b, sum);
+      add_block(panel.d[b], x.scale, b, sum, acc, stride);
     }
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       prefetch(ahead + 8 * at, 8 * sizeof(Block));
-      const __m256i q = load(x.q[0] + 32 * b);
+      const __m256i q = load(x.q + 32 * b);
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
         const __m256i w = load(rows[r] + at + 2);
@@ -155,7 +141,7 @@ struct Q8_0 {
         const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
         v[r] = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
       }
-      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[0][b]), fold8(v));
+      acc = add_term(acc, load_f16(rows, at), _mm256_set1_ps(x.scale[b]), fold8(v));
     }
     return acc;
   }

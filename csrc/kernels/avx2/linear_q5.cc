@@ -6,14 +6,6 @@
 namespace pe {
 namespace {
 
-// The sum of the 32 activations of a block, from its four partial sums.
-inline __m256i sum32(const int16_t sum[4]) {
-  int64_t four;
-  memcpy(&four, sum, 8);
-  const __m256i two = _mm256_madd_epi16(_mm256_set1_epi64x(four), _mm256_set1_epi16(1));
-  return _mm256_add_epi32(two, _mm256_shuffle_epi32(two, 0xb1));
-}
-
 // 16 in each byte of v that has all bits of that byte of `bits`, else 0.
 inline __m256i fifth_bit(__m256i v, __m256i bits) {
   const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(v, bits), bits);
@@ -72,25 +64,38 @@ struct Nibbles {
     }
   }
 
+  struct Side {
+    int32_t centre[8];   // [block]: a pair of int16
+    const int16_t* sum;  // [block]
+  };
+  static constexpr size_t kPanels = 4;
+
+  static void prepare(const Token& x, size_t, Side* side) {
+    if constexpr (kFifth) centre32(x.sum, kCentre, side->centre);
+    side->sum = x.sum32;
+  }
+
   template <int kTokens>
-  static void multiply(const Panel& panel, const Tokens<kTokens>& x, size_t first, size_t n, float (*acc)[16]) {
+  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Nibbles, kTokens>& x, size_t n, float* acc,
+                                   size_t stride) {
     for (size_t b = 0; b < n; ++b) {
       __m256i sum[kTokens][2];
       for (int t = 0; t < kTokens; ++t) {
-        sum[t][0] = sum[t][1] = kFifth ? centre(x.sum[t], first + b, kCentre) : _mm256_setzero_si256();
+        if constexpr (kFifth) sum[t][0] = sum[t][1] = broadcast32(&x.side[t].centre[b]);
       }
       // A lane ends as 16 products of +-127 and 0 .. 15, at most 30480, or -16 .. 15, at most 32512.
-      chain<kTokens, 8>(panel.codes[b][0], x.q, 32 * (first + b), sum);
+      chain<kTokens, 8, !kFifth>(panel.codes[b][0], x.q, 32 * b, sum);
       for (int t = 0; t < kTokens; ++t) {
-        const __m256 a = _mm256_set1_ps(x.scale[t][first + b]);
-        const __m256i total = kMin ? sum32(x.sum[t] + 4 * (first + b)) : _mm256_setzero_si256();
+        const __m256 a = _mm256_set1_ps(x.scale[t][b]);
+        const __m256i total = kMin ? _mm256_set1_epi32(x.side[t].sum[b]) : _mm256_setzero_si256();
         for (int h = 0; h < 2; ++h) {
-          __m256 f = _mm256_loadu_ps(acc[t] + 8 * h);
+          float* to = acc + stride * static_cast<size_t>(t) + 8 * h;
+          __m256 f = _mm256_loadu_ps(to);
           __m256i whole = _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1));
           if constexpr (kMin && kFifth) whole = _mm256_add_epi32(whole, _mm256_slli_epi32(total, 4));
           f = add_term(f, _mm256_loadu_ps(panel.d[b] + 8 * h), a, whole);
           if constexpr (kMin) f = add_term(f, _mm256_loadu_ps(panel.m[b] + 8 * h), a, total);
-          _mm256_storeu_ps(acc[t] + 8 * h, f);
+          _mm256_storeu_ps(to, f);
         }
       }
     }
@@ -105,14 +110,14 @@ struct Nibbles {
     return _mm256_or_si256(nibbles, fifth_bit(_mm256_shuffle_epi8(qh, _mm256_add_epi8(bytes, from)), bits));
   }
 
-  static __m256 dot8(const uint8_t* const rows[8], const Tokens<1>& x, size_t blocks, const uint8_t* ahead) {
+  static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256 acc = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       prefetch(ahead + 8 * at, 8 * sizeof(Block));
       // Rows r and r + 4 share a register; codes 0-15 of both meet q 0-15, codes 16-31 q 16-31.
-      const __m256i q0 = broadcast128(x.q[0] + 32 * b), q1 = broadcast128(x.q[0] + 32 * b + 16);
+      const __m256i q0 = broadcast128(x.q + 32 * b), q1 = broadcast128(x.q + 32 * b + 16);
       const __m256i qh = kFifth ? load_qh(rows, at) : _mm256_setzero_si256();
       __m256i v[4];
       for (int r = 0; r < 4; ++r) {
@@ -124,8 +129,8 @@ struct Nibbles {
       const __m256i half[2] = {_mm256_madd_epi16(_mm256_packs_epi32(v[0], v[1]), ones),
                                _mm256_madd_epi16(_mm256_packs_epi32(v[2], v[3]), ones)};
       __m256i dot = _mm256_hadd_epi32(half[0], half[1]);
-      const __m256i total = sum32(x.sum[0] + 4 * b);
-      const __m256 a = _mm256_set1_ps(x.scale[0][b]);
+      const __m256i total = _mm256_set1_epi32(x.sum32[b]);
+      const __m256 a = _mm256_set1_ps(x.scale[b]);
       if constexpr (!kMin) dot = _mm256_sub_epi32(dot, _mm256_slli_epi32(total, 4));
       acc = add_term(acc, load_f16(rows, at), a, dot);
       if constexpr (kMin) acc = add_term(acc, load_f16(rows, at + 2), a, total);

@@ -25,7 +25,8 @@ namespace {
 
 constexpr size_t kPanelRows = 16;
 constexpr size_t kPanelCols = 256;
-constexpr size_t kBatch = 96;  // tokens that meet a panel before the next is decoded
+constexpr size_t kMany = 192;  // tokens that meet a group of panels before the next is decoded
+constexpr size_t kFew = 32;    // up to this many meet one panel at a time: a group gains nothing and leaves less cache
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
@@ -40,8 +41,15 @@ inline __m256i broadcast32(const void* p) {
 inline __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 
+// The inner loops are functions of their own: inlined, what surrounds them takes their registers.
+#if defined(__GNUC__)
+#define PE_NOINLINE __attribute__((noinline))
+#else
+#define PE_NOINLINE __declspec(noinline)
+#endif
+
 // A value the compiler must have in a register here. Without it all products of a chain are computed first, as
-// additions may be reordered, and spilled.
+// additions may be reordered, and spilled, and the panel is loaded anew for every token.
 inline void pin(__m256i& v) {
 #if defined(__GNUC__)
   __asm__ volatile("" : "+x"(v));
@@ -83,42 +91,117 @@ inline __m256 load_f16(const uint8_t* const row[8], size_t at) {
                                         static_cast<short>(h[6]), static_cast<short>(h[7])));
 }
 
-// Starts the chains of a block of 32 at -offset * (sum of each lane's activations), which centres the codes on 0.
-inline __m256i centre(const int16_t* sum, size_t block, short offset) {
-  const __m256i lanes = _mm256_add_epi16(broadcast32(sum + 4 * block), broadcast32(sum + 4 * block + 2));
-  return _mm256_mullo_epi16(lanes, _mm256_set1_epi16(static_cast<short>(-offset)));
+// The lanes of each block of 32 added up, times -offset: what a chain of the block starts from to centre its codes on 0.
+// sum: the partial sums of 256 activations -> out: 8 pairs of int16.
+inline void centre32(const int16_t* sum, short offset, int32_t out[8]) {
+  const __m256 a = _mm256_castsi256_ps(load(sum)), b = _mm256_castsi256_ps(load(sum + 16));
+  const __m256i lanes = _mm256_add_epi16(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)),
+                                         _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
+  store(out, _mm256_mullo_epi16(_mm256_permute4x64_epi64(lanes, 0xd8), _mm256_set1_epi16(static_cast<short>(-offset))));
+}
+// The same for blocks of 16: 16 pairs.
+inline void centre16(const int16_t* sum, short offset, int32_t out[16]) {
+  const __m256i factor = _mm256_set1_epi16(static_cast<short>(-offset));
+  store(out, _mm256_mullo_epi16(load(sum), factor));
+  store(out + 8, _mm256_mullo_epi16(load(sum + 16), factor));
 }
 
-// kSteps steps of the panel times kTokens tokens, from q[t] on, added to sum[t][rows 0-7, rows 8-15].
-template <int kTokens, int kSteps>
+// kSteps steps of the panel times kTokens tokens, from q[t] + at on: sum[t][rows 0-7, rows 8-15] becomes (kStart) or
+// grows by the products.
+template <int kTokens, int kSteps, bool kStart>
 inline void chain(const uint8_t* codes, const int8_t* const q[kTokens], size_t at, __m256i sum[kTokens][2]) {
   for (int s = 0; s < kSteps; ++s) {
-    const __m256i w0 = load(codes + 64 * s), w1 = load(codes + 64 * s + 32);
+    __m256i w0 = load(codes + 64 * s), w1 = load(codes + 64 * s + 32);
+    pin(w0);
+    pin(w1);
     for (int t = 0; t < kTokens; ++t) {
       const __m256i x = broadcast32(q[t] + at + 4 * s);
-      sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(w0, x));
-      sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(w1, x));
+      const __m256i p0 = _mm256_maddubs_epi16(w0, x), p1 = _mm256_maddubs_epi16(w1, x);
+      sum[t][0] = kStart && s == 0 ? p0 : _mm256_add_epi16(sum[t][0], p0);
+      sum[t][1] = kStart && s == 0 ? p1 : _mm256_add_epi16(sum[t][1], p1);
       pin(sum[t][0]);
       pin(sum[t][1]);
     }
   }
 }
 
-// Activations of kTokens tokens: where their parts begin.
-template <int kTokens>
-struct Tokens {
+// One token's activations: where their parts begin.
+struct Token {
+  const int8_t* q;
+  const float* scale;
+  const int16_t *sum, *sum16, *sum32;
+
+  Token(const LinearArgs& args, const ActLayout& at, size_t token)
+      : q(static_cast<const int8_t*>(args.x) + token * args.x_stride),
+        scale(reinterpret_cast<const float*>(q + at.scale_at)),
+        sum(reinterpret_cast<const int16_t*>(q + at.sum_at)),
+        sum16(reinterpret_cast<const int16_t*>(q + at.sum16_at)),
+        sum32(reinterpret_cast<const int16_t*>(q + at.sum32_at)) {}
+
+  // Goes on to a later block.
+  void skip(size_t blocks, size_t block) {
+    const size_t n = blocks * block;
+    q += n;
+    scale += blocks;
+    sum += n / 8;
+    sum16 += n / 16;
+    sum32 += n / 32;
+  }
+};
+
+// 256 activations of kTokens tokens, with what K::prepare made of them for all panels of a group.
+template <class K, int kTokens>
+struct Slice {
   const int8_t* q[kTokens];
   const float* scale[kTokens];
-  const int16_t* sum[kTokens];
+  alignas(32) typename K::Side side[kTokens];
 
-  Tokens(const LinearArgs& args, const ActLayout& at, size_t first) {
-    for (int t = 0; t < kTokens; ++t) {
-      q[t] = static_cast<const int8_t*>(args.x) + (first + static_cast<size_t>(t)) * args.x_stride;
-      scale[t] = reinterpret_cast<const float*>(q[t] + at.scale_at);
-      sum[t] = reinterpret_cast<const int16_t*>(q[t] + at.sum_at);
+  // Blocks first .. first + n - 1 of tokens `token` ..
+  Slice(const LinearArgs& args, const ActLayout& at, size_t token, size_t first, size_t n) {
+    for (size_t t = 0; t < kTokens; ++t) {
+      Token x(args, at, token + t);
+      x.skip(first, K::kBlock);
+      q[t] = x.q;
+      scale[t] = x.scale;
+      K::prepare(x, n, &side[t]);
     }
   }
 };
+
+// Codes of eight bits: pairs of their products saturate, so the panel holds int16 and every product of two columns goes to
+// int32. A step is 2 columns, 16 of them a block of 32: even steps 2 s columns 4 s and 4 s + 2, odd ones 4 s + 1 and 4 s + 3.
+struct Wide {
+  int16_t codes[16][32];  // [step][2 row + column]
+};
+struct WideSide {
+  alignas(32) int16_t q[8][2][16];  // [block][step mod 2][2 (step / 2) + column]
+};
+inline __m256i even_bytes(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
+inline __m256i odd_bytes(__m256i v) { return _mm256_srai_epi16(v, 8); }
+
+inline void prepare_wide(const int8_t* q, size_t blocks, WideSide* side) {
+  for (size_t b = 0; b < blocks; ++b) {
+    const __m256i v = load(q + 32 * b);
+    store(side->q[b][0], even_bytes(v));
+    store(side->q[b][1], odd_bytes(v));
+  }
+}
+
+template <int kTokens>
+inline void chain_wide(const Wide& wide, const WideSide side[kTokens], size_t block, __m256i sum[kTokens][2]) {
+  for (int s = 0; s < 16; ++s) {
+    __m256i w0 = load(wide.codes[s]), w1 = load(wide.codes[s] + 16);
+    pin(w0);
+    pin(w1);
+    for (int t = 0; t < kTokens; ++t) {
+      const __m256i x = broadcast32(side[t].q[block][s % 2] + s / 2 * 2);
+      sum[t][0] = _mm256_add_epi32(sum[t][0], _mm256_madd_epi16(w0, x));
+      sum[t][1] = _mm256_add_epi32(sum[t][1], _mm256_madd_epi16(w1, x));
+      pin(sum[t][0]);
+      pin(sum[t][1]);
+    }
+  }
+}
 
 // acc + d * a * i and its negative twin, with the contract's roundings.
 inline __m256 add_term(__m256 acc, __m256 d, __m256 a, __m256i i) {
@@ -128,12 +211,17 @@ inline __m256 subtract_term(__m256 acc, __m256 d, __m256 a, __m256i i) {
   return _mm256_fnmadd_ps(_mm256_mul_ps(d, a), _mm256_cvtepi32_ps(i), acc);
 }
 
-// Sums of 16 consecutive activations, in order, of one block of 256.
-inline __m256i sums16(const int16_t* sum) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  const __m256i packed =
-      _mm256_packs_epi32(_mm256_madd_epi16(load(sum), ones), _mm256_madd_epi16(load(sum + 16), ones));
-  return _mm256_permute4x64_epi64(packed, 0xd8);
+// acc[stride * t + row] += the term of one block; scale: of the tokens' activations.
+template <int kTokens>
+inline void add_block(const __m256 d[2], const float* const scale[kTokens], size_t block,
+                      const __m256i (&whole)[kTokens][2], float* acc, size_t stride) {
+  for (int t = 0; t < kTokens; ++t) {
+    const __m256 a = _mm256_set1_ps(scale[t][block]);
+    for (int h = 0; h < 2; ++h) {
+      float* to = acc + stride * static_cast<size_t>(t) + 8 * h;
+      _mm256_storeu_ps(to, add_term(_mm256_loadu_ps(to), d[h], a, whole[t][h]));
+    }
+  }
 }
 
 // Asks for `bytes` bytes from p on, into the second-level cache. Eight rows are eight streams, too short for the
@@ -165,44 +253,60 @@ inline void row_pointers(const LinearArgs& args, size_t row, size_t n, const uin
 
 // The loops of a format K:
 //   K::Block, K::kBlock weights, K::Panel
-//   K::decode(rows, first, n, &panel)            blocks first .. first + n - 1 of 16 rows (n * kBlock <= 256)
-//   K::multiply<T>(panel, tokens, first, n, acc) acc [T][16] += panel * T tokens
-//   K::dot8(rows, token, blocks, ahead)          one token, 8 rows, the whole row; the next 8 begin at `ahead`
-template <class K>
+//   K::kPanels                              panels of a group: together with 3 tokens they fit the first-level cache
+//   K::decode(rows, first, n, &panel)       blocks first .. first + n - 1 of 16 rows (n * kBlock <= 256)
+//   K::Side, K::prepare(token, n, &side)    what all panels need of n blocks of the same activations
+//   K::multiply<T>(panel, slice, n, acc, s) acc[s * t + row] += panel * T tokens
+//   K::dot8(rows, token, blocks, ahead)     one token, 8 rows, the whole row; the next 8 begin at `ahead`
+template <class K, int kTokens>
+inline void all_panels(const typename K::Panel* panel, size_t panels, const Slice<K, kTokens>& x, size_t n, float* acc,
+                       size_t stride) {
+  for (size_t p = 0; p < panels; ++p) K::template multiply<kTokens>(panel[p], x, n, acc + kPanelRows * p, stride);
+}
+
+template <class K, size_t kPanels, size_t kBatch>
 void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size_t tokens) {
-  constexpr size_t kBlocks = kPanelCols / K::kBlock;
-  alignas(64) typename K::Panel panel;
-  alignas(32) float acc[kBatch][kPanelRows];
+  constexpr size_t kBlocks = kPanelCols / K::kBlock, kRows = kPanels * kPanelRows;
+  alignas(64) typename K::Panel panel[kPanels];
+  alignas(64) float acc[kBatch][kRows];
   const size_t blocks = args.cols / K::kBlock;
-  for (size_t row = 0; row < args.rows; row += kPanelRows) {
-    const uint8_t* rows[kPanelRows];
-    row_pointers(args, row, kPanelRows, rows);
+  for (size_t row = 0; row < args.rows; row += kRows) {
+    const size_t n_rows = args.rows - row < kRows ? args.rows - row : kRows;
+    const size_t panels = (n_rows + kPanelRows - 1) / kPanelRows;
+    const uint8_t* rows[kRows];
+    row_pointers(args, row, kRows, rows);
     memset(acc, 0, tokens * sizeof acc[0]);
     for (size_t b = 0; b < blocks; b += kBlocks) {
       const size_t n = blocks - b < kBlocks ? blocks - b : kBlocks;
-      K::decode(rows, b, n, &panel);
-      prefetch(rows[0] + kPanelRows * (args.w_stride + b * sizeof(typename K::Block)),
-               kPanelRows * n * sizeof(typename K::Block));
-      size_t t = 0;
-      for (; t + 3 <= tokens; t += 3) K::template multiply<3>(panel, Tokens<3>(args, at, token + t), b, n, acc + t);
-      if (tokens - t == 2) K::template multiply<2>(panel, Tokens<2>(args, at, token + t), b, n, acc + t);
-      if (tokens - t == 1) K::template multiply<1>(panel, Tokens<1>(args, at, token + t), b, n, acc + t);
+      for (size_t p = 0; p < panels; ++p) K::decode(rows + kPanelRows * p, b, n, &panel[p]);
+      prefetch(rows[0] + kRows * (args.w_stride + b * sizeof(typename K::Block)),
+               kRows * n * sizeof(typename K::Block));
+      for (size_t t = 0; t < tokens;) {
+        // 4 tokens: 2 + 2
+        const size_t left = tokens - t, take = left == 4 || left == 2 ? 2 : left == 1 ? 1 : 3;
+        if (take == 3) all_panels<K, 3>(panel, panels, Slice<K, 3>(args, at, token + t, b, n), n, acc[t], kRows);
+        if (take == 2) all_panels<K, 2>(panel, panels, Slice<K, 2>(args, at, token + t, b, n), n, acc[t], kRows);
+        if (take == 1) all_panels<K, 1>(panel, panels, Slice<K, 1>(args, at, token + t, b, n), n, acc[t], kRows);
+        t += take;
+      }
     }
-    const size_t n = args.rows - row < kPanelRows ? args.rows - row : kPanelRows;
-    for (size_t t = 0; t < tokens; ++t) memcpy(args.y + (token + t) * args.y_stride + row, acc[t], n * sizeof(float));
+    for (size_t t = 0; t < tokens; ++t) {
+      memcpy(args.y + (token + t) * args.y_stride + row, acc[t], n_rows * sizeof(float));
+    }
   }
 }
 
 template <class K>
 void linear(const LinearArgs& args) {
   const ActLayout at = act_layout(K::kBlock == 32 ? Act::Q32 : Act::Q256, args.cols);
-  if (args.tokens > 1) {
-    for (size_t t = 0; t < args.tokens; t += kBatch) {
-      many_tokens<K>(args, at, t, args.tokens - t < kBatch ? args.tokens - t : kBatch);
+  if (args.tokens > kFew) {
+    for (size_t t = 0; t < args.tokens; t += kMany) {
+      many_tokens<K, K::kPanels, kMany>(args, at, t, args.tokens - t < kMany ? args.tokens - t : kMany);
     }
     return;
   }
-  const Tokens<1> token(args, at, 0);
+  if (args.tokens > 1) return many_tokens<K, 1, kFew>(args, at, 0, args.tokens);
+  const Token token(args, at, 0);
   for (size_t row = 0; row < args.rows; row += 8) {
     const uint8_t* rows[8];
     row_pointers(args, row, 8, rows);
