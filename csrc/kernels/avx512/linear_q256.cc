@@ -371,12 +371,12 @@ struct Q3_K {
 }  // namespace
 
 void avx512_linear_q256(KernelTable* table) {
-  table->linear[static_cast<int>(Format::Q2_K)] = linear<Q2_K>;
-  table->linear[static_cast<int>(Format::Q3_K)] = linear<Q3_K>;
-  table->linear[static_cast<int>(Format::Q4_K)] = linear<Q4_K>;
-  table->linear[static_cast<int>(Format::Q5_K)] = linear<Q5_K>;
-  table->linear[static_cast<int>(Format::Q6_K)] = linear<Q6_K>;
-  table->linear[static_cast<int>(Format::IQ4_XS)] = linear<IQ4_XS>;
+  use<Q2_K>(table, Format::Q2_K, One::kHere);
+  use<Q3_K>(table, Format::Q3_K, One::kBelow);
+  use<Q4_K>(table, Format::Q4_K, One::kBelow);
+  use<Q5_K>(table, Format::Q5_K, One::kBelow);
+  use<Q6_K>(table, Format::Q6_K, One::kBelow);
+  use<IQ4_XS>(table, Format::IQ4_XS, One::kHere);
 }
 
 }  // namespace pe

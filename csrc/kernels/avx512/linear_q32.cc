@@ -167,12 +167,12 @@ struct IQ4_NL : Q32<IQ4_NL> {
 }  // namespace
 
 void avx512_linear_q32(KernelTable* table) {
-  table->linear[static_cast<int>(Format::Q4_0)] = linear<Q4_0>;
-  table->linear[static_cast<int>(Format::Q4_1)] = linear<Q4_1>;
-  table->linear[static_cast<int>(Format::Q5_0)] = linear<Q5_0>;
-  table->linear[static_cast<int>(Format::Q5_1)] = linear<Q5_1>;
-  table->linear[static_cast<int>(Format::Q8_0)] = linear<Q8_0>;
-  table->linear[static_cast<int>(Format::IQ4_NL)] = linear<IQ4_NL>;
+  use<Q4_0>(table, Format::Q4_0, One::kBelow);
+  use<Q4_1>(table, Format::Q4_1, One::kBelow);
+  use<Q5_0>(table, Format::Q5_0, One::kHere);
+  use<Q5_1>(table, Format::Q5_1, One::kHere);
+  use<Q8_0>(table, Format::Q8_0, One::kBelow);
+  use<IQ4_NL>(table, Format::IQ4_NL, One::kHere);
 }
 
 }  // namespace pe

@@ -290,6 +290,11 @@ void few_tokens(const LinearArgs& args, const ActLayout& at) {
   }
 }
 
+// One token: where 8 rows at a time, each along its own columns, read the weights faster (bits are equal), the kernel of
+// the tier below; else null.
+template <class K>
+LinearFn one_token = nullptr;
+
 template <class K>
 void linear(const LinearArgs& args) {
   using FewFn = void (*)(const LinearArgs&, const ActLayout&);
@@ -297,6 +302,7 @@ void linear(const LinearArgs& args) {
       nullptr,          few_tokens<K, 1>, few_tokens<K, 2>, few_tokens<K, 3>, few_tokens<K, 4>,
       few_tokens<K, 5>, few_tokens<K, 6>, few_tokens<K, 7>, few_tokens<K, 8>,
   };
+  if (args.tokens == 1 && one_token<K>) return one_token<K>(args);
   const ActLayout at = act_layout(K::kBlock == 32 ? Act::Q32 : Act::Q256, args.cols);
   if (args.tokens <= kGroup) return kFew[args.tokens](args, at);
   const size_t batches = (args.tokens + kBatch - 1) / kBatch;
@@ -304,6 +310,15 @@ void linear(const LinearArgs& args) {
     const size_t t = i * args.tokens / batches;
     many_tokens<K>(args, at, t, (i + 1) * args.tokens / batches - t);
   }
+}
+
+enum class One { kHere, kBelow };
+
+template <class K>
+void use(KernelTable* table, Format format, One one) {
+  LinearFn& entry = table->linear[static_cast<int>(format)];
+  if (one == One::kBelow) one_token<K> = entry;
+  entry = linear<K>;
 }
 
 }  // namespace
