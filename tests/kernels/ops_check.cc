@@ -219,17 +219,19 @@ std::vector<float> run_attn(const KernelTable& table, const AttnCase& c) {
   Guarded<float> work(pad16(attn_work(c.dim_k, c.dim_v)));
   q.set(c.q), k_rows.set(k), v_rows.set(v);
   work.set(std::vector<float>(work.size(), NAN));  // what an earlier call left behind must not matter
-  table.attn_chunk[static_cast<int>(c.type)]({q.get(), c.tokens, c.heads, c.q_stride, k_rows.get(), v_rows.get(), c.keys,
-                                              c.dim_k, c.dim_v, c.scale, acc.get(), c.acc_stride, m.get(), sum.get(),
-                                              work.get()});
+  table.attn_chunk[static_cast<int>(c.type)]({q.get(), c.tokens, c.heads, c.q_stride, k_rows.get(), v_rows.get(),
+                                              c.keys, c.dim_k, c.dim_v, c.scale, acc.get(), c.acc_stride, m.get(),
+                                              sum.get(), work.get()});
   std::vector<float> out;
-  for (size_t r = 0; r < c.rows(); ++r) out.insert(out.end(), acc.get() + r * c.acc_stride, acc.get() + r * c.acc_stride + c.dim_v);
+  for (size_t r = 0; r < c.rows(); ++r)
+    out.insert(out.end(), acc.get() + r * c.acc_stride, acc.get() + r * c.acc_stride + c.dim_v);
   for (const auto& part : {m.copy(), sum.copy()}) out.insert(out.end(), part.begin(), part.end());
   return out;
 }
 
 AttnCase draw_attn(Kv type, size_t tokens, size_t heads, size_t dim_k, size_t dim_v, size_t keys, Values values) {
-  AttnCase c{type, tokens, heads, heads * dim_k + below(3), keys, dim_k, dim_v, pad16(dim_v) + 16 * below(2), 0.25f, {}, {}, {}};
+  AttnCase c{type, tokens, heads, heads * dim_k + below(3), keys, dim_k, dim_v, pad16(dim_v) + 16 * below(2), 0.25f,
+             {},   {},     {}};
   const Values plain = values == Values::kHostile ? Values::kPlain : values;
   c.q = floats((tokens - 1) * c.q_stride + heads * dim_k, plain);
   c.k = floats(c.stored() * dim_k, plain);
@@ -299,9 +301,9 @@ void check_attention(const KernelTable& scalar, const KernelTable& tier, const s
   const size_t keys[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 255, 256};
   const auto compare = [&](const AttnCase& c) {
     check(same(run_attn(scalar, c), run_attn(tier, c)),
-          "attn_chunk " + name + " " + kv_name(c.type) + " tokens=" + std::to_string(c.tokens) + " heads=" +
-              std::to_string(c.heads) + " keys=" + std::to_string(c.keys) + " dims=" + std::to_string(c.dim_k) + "," +
-              std::to_string(c.dim_v));
+          "attn_chunk " + name + " " + kv_name(c.type) + " tokens=" + std::to_string(c.tokens) +
+              " heads=" + std::to_string(c.heads) + " keys=" + std::to_string(c.keys) +
+              " dims=" + std::to_string(c.dim_k) + "," + std::to_string(c.dim_v));
   };
   for (int i = 0; i < 3 * 1200; ++i) {
     const Kv type = static_cast<Kv>(i % kKvs);
@@ -713,8 +715,8 @@ struct BenchRows {
                                                 work.as<float>()});
     for (size_t r = 0; r < rows && !first; ++r) {
       float* total = stats.as<float>() + r;
-      kernels.attn_merge(total, total + rows, acc.as<float>() + r * pad16(s.dim), m[r], m[rows + r], to + r * pad16(s.dim),
-                         s.dim);
+      kernels.attn_merge(total, total + rows, acc.as<float>() + r * pad16(s.dim), m[r], m[rows + r],
+                         to + r * pad16(s.dim), s.dim);
     }
   }
 };
@@ -776,7 +778,10 @@ int main(int argc, char** argv) {
     const size_t threads = argc > 2 ? std::max(1ul, std::strtoul(argv[2], nullptr, 10)) : 1;
     std::printf("clock %.2f GHz, read stream of %zu %.2f GB/s\n", clock_rate() * 1e-9, threads, read_stream(threads));
     for (int i = 1; i < kTiers; ++i) {
-      if (tier_available(static_cast<Tier>(i))) bench_attention(static_cast<Tier>(i), threads);
+      const KernelTable* below = kernels_for(static_cast<Tier>(i - 1));
+      const KernelTable* tier = kernels_for(static_cast<Tier>(i));
+      if (tier && !(below && below->attn_chunk[0] == tier->attn_chunk[0]))
+        bench_attention(static_cast<Tier>(i), threads);
     }
     return 0;
   }

@@ -3,6 +3,12 @@
 // Many rows (prefill): a tile of keys or values is widened to float once and multiplied with all rows from the first-level
 // cache, in register tiles of 3 rows x 2 keys (scores) and 6 rows x 16 dimensions (values): 12 sums in flight hide the
 // latency of fma, 10 and 8 loads keep below its 12. Few rows (decode) widen in registers, straight from the cache.
+//
+// Bounds, and what ops_check --bench measures on one Zen 4 core of 3.7 GHz, 23 GB/s read stream (f16; q8_0):
+//   prefill       16 MAC/cycle; exp, folds and merges leave about 13.8 at 4 heads x 128 and 12 at 1 x 64
+//                 4 x 128: 11.9; 11.7      1 x 64: 10; 10
+//   1 token       1 x 64: the stream for f16, 22.7 GB/s; q8_0 11.6 GB/s, bound by widening: as many keys per second as f16
+//                 4 x 128: fma: 64 cycles a key, 29 GB/s of f16 and 16 of q8_0; 13.0; 6.4
 #include "kernels/avx2/vec.h"
 #include "kernels/kernels.h"
 #include "kernels/tiers.h"
@@ -12,41 +18,42 @@ namespace {
 
 constexpr size_t kFew = 4;  // rows that do not pay for widening a tile through memory
 
-// ---- sixteen elements, d .. d + 15, of a row ----
+// ---- eight elements of a row: d + 8 h .. d + 8 h + 7; d: a multiple of 16, h: 0 or 1 ----
 
 struct F32 {
   static constexpr Kv kType = Kv::F32;
-  static Lanes16 at(const uint8_t* row, size_t d) {
-    const float* p = reinterpret_cast<const float*>(row) + d;
-    return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+  static __m256 at(const uint8_t* row, size_t d, int h) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(row) + d + 8 * h);
   }
 };
 
 struct F16 {
   static constexpr Kv kType = Kv::F16;
-  static Lanes16 at(const uint8_t* row, size_t d) {
-    const __m128i* p = reinterpret_cast<const __m128i*>(row + 2 * d);
-    return {_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p + 1))};
+  static __m256 at(const uint8_t* row, size_t d, int h) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * d) + h));
   }
 };
 
 struct Q8_0 {
   static constexpr Kv kType = Kv::Q8_0;
-  static __m256 codes(const int8_t* q) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))));
-  }
-  static Lanes16 at(const uint8_t* row, size_t d) {
+  static __m256 at(const uint8_t* row, size_t d, int h) {  // both halves share the scale's conversion
     const BlockQ8_0* b = reinterpret_cast<const BlockQ8_0*>(row) + d / 32;
     const __m256 scale = _mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(b->d)));
-    const int8_t* q = b->qs + d % 32;
-    return {_mm256_mul_ps(scale, codes(q)), _mm256_mul_ps(scale, codes(q + 8))};
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b->qs + d % 32 + 8 * h));
+    return _mm256_mul_ps(scale, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)));
   }
 };
 
 // Widened values: [dimension / 16][kAttnTile][16] floats, so that a register tile reads one after the other.
 struct Panels {
-  static Lanes16 at(const uint8_t* row, size_t d) { return F32::at(row, d * kAttnTile); }
+  static constexpr Kv kType = Kv::F32;
+  static __m256 at(const uint8_t* row, size_t d, int h) { return F32::at(row, d * kAttnTile, h); }
 };
+
+template <class T>
+inline Lanes16 at16(const uint8_t* row, size_t d) {
+  return {T::at(row, d, 0), T::at(row, d, 1)};
+}
 
 // Sixteen elements of which only the first n exist, zeros after them. Zeros change at most the sign of a zero score, and
 // that reaches nothing: exp(+-0 - max) is the same. Rows of Q8_0 have no such part.
@@ -55,7 +62,7 @@ Lanes16 part(const uint8_t* row, size_t d, size_t n) {
   const size_t bytes = kv_row_bytes(T::kType, 1);
   alignas(32) uint8_t copy[64] = {};
   memcpy(copy, row + d * bytes, n * bytes);
-  return T::at(copy, 0);
+  return at16<T>(copy, 0);
 }
 
 // Widens a tile: sixteen elements from dimension d of key j go to tile[j * key_stride + d * d_stride].
@@ -68,7 +75,7 @@ void widen(const uint8_t* rows, size_t row_bytes, size_t keys, size_t dim, size_
       _mm256_store_ps(tile + d * d_stride + 8, x.b);
     };
     size_t d = 0;
-    for (; d + 16 <= dim; d += 16) put(d, T::at(rows, d));
+    for (; d + 16 <= dim; d += 16) put(d, at16<T>(rows, d));
     if (d < dim) put(d, part<T>(rows, d, dim - d));
   }
 }
@@ -99,74 +106,150 @@ inline void for_groups(size_t rows, F f) {
   rest<N - 1>(rows - r, r, f);
 }
 
-// ---- scores ----
-
-// The second to last steps of fold16 for eight keys at once: x[8 j + i] holds lane[i] + lane[i + 8] of key j. Neighbours of a
-// pair meet in one addition, so a vector of n-lane sums becomes half a vector of n/2-lane sums.
-inline __m256 fold_keys(const float* x) {
-  const auto halves = [](__m256 a, __m256 b) {  // lane[i] += lane[i + 4]: a in the low half, b in the high
-    return _mm256_add_ps(_mm256_blend_ps(a, b, 0xf0), _mm256_permute2f128_ps(a, b, 0x21));
-  };
-  const auto quarters = [](__m256 a, __m256 b) {  // lane[i] += lane[i + 2]
-    const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);
-    return _mm256_add_ps(_mm256_castpd_ps(_mm256_blend_pd(c, d, 0xa)), _mm256_castpd_ps(_mm256_shuffle_pd(c, d, 0x5)));
-  };
-  __m256 v[4];
-  for (int j = 0; j < 4; ++j) v[j] = halves(_mm256_load_ps(x + 8 * j), _mm256_load_ps(x + 8 * j + 32));
-  const __m256 even = quarters(v[0], v[2]), odd = quarters(v[1], v[3]);
-  return _mm256_add_ps(_mm256_blend_ps(even, _mm256_moveldup_ps(odd), 0xaa),
-                       _mm256_blend_ps(_mm256_movehdup_ps(even), odd, 0xaa));
+// Keeps the compiler from loading x anew for every use: loads would then bound the loop.
+inline void in_register(__m256& x) {
+#if defined(__GNUC__)
+  __asm__("" : "+x"(x));
+#else
+  static_cast<void>(x);
+#endif
 }
 
-// x[64 r + 8 j + i] = lane[i] + lane[i + 8] of dot16(q[r], k[j]) for R rows and J keys. dim: a multiple of 16.
-template <class T, int R, int J>
-inline void dots(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, float* x) {
-  Lanes16 sum[R][J];
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < J; ++j) sum[r][j] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+// ---- scores ----
+
+// The steps of fold16 for several sums at once: two vectors of n-lane sums become one of n/2-lane sums, neighbours of a
+// pair meeting in one addition.
+inline __m256 halves(__m256 a, __m256 b) {  // lane[i] += lane[i + 4]: a's in the low half, b's in the high
+  return _mm256_add_ps(_mm256_blend_ps(a, b, 0xf0), _mm256_permute2f128_ps(a, b, 0x21));
+}
+inline __m256 quarters(__m256 a, __m256 b) {  // lane[i] += lane[i + 2], in each half: a's two, b's two
+  const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_blend_pd(c, d, 0xa)), _mm256_castpd_ps(_mm256_shuffle_pd(c, d, 0x5)));
+}
+inline __m256 eighths(__m256 a, __m256 b) {  // lane[i] += lane[i + 1]: a's and b's by turns
+  return _mm256_add_ps(_mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa),
+                       _mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa));
+}
+
+// sum[j][r][i] = lanes 8 (h + i) .. of dot16(q[r], *k[j]) for R rows and J keys; H = 2: all lanes, H = 1: half h. dim: a
+// multiple of 16.
+template <class T, int R, int J, int H>
+inline void lanes(const float* q, size_t dim, const uint8_t* const* k, int h, __m256 (*sum)[R][H]) {
+  for (int j = 0; j < J; ++j) {
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < H; ++i) sum[j][r][i] = _mm256_setzero_ps();
+    }
   }
+  const auto query = [&](int r, size_t d, int half) {
+    __m256 x = _mm256_load_ps(q + static_cast<size_t>(r) * dim + d + static_cast<size_t>(8 * half));
+    if (J > 1) in_register(x);
+    return x;
+  };
   for (size_t d = 0; d < dim; d += 16) {
-    for (int j = 0; j < J; ++j) {
-      const Lanes16 key = T::at(k + static_cast<size_t>(j) * row_bytes, d);
-      for (int r = 0; r < R; ++r) {
-        const float* row = q + static_cast<size_t>(r) * dim + d;
-        sum[r][j].a = _mm256_fmadd_ps(_mm256_load_ps(row), key.a, sum[r][j].a);
-        sum[r][j].b = _mm256_fmadd_ps(_mm256_load_ps(row + 8), key.b, sum[r][j].b);
+    for (int i = 0; i < H; ++i) {
+      if constexpr (R > 3) {
+        __m256 key[J];
+        for (int j = 0; j < J; ++j) key[j] = T::at(k[j], d, h + i);
+        for (int r = 0; r < R; ++r) {
+          const __m256 row = query(r, d, h + i);
+          for (int j = 0; j < J; ++j) sum[j][r][i] = _mm256_fmadd_ps(row, key[j], sum[j][r][i]);
+        }
+      } else {
+        __m256 row[R];
+        for (int r = 0; r < R; ++r) row[r] = query(r, d, h + i);
+        for (int j = 0; j < J; ++j) {
+          const __m256 key = T::at(k[j], d, h + i);
+          for (int r = 0; r < R; ++r) sum[j][r][i] = _mm256_fmadd_ps(row[r], key, sum[j][r][i]);
+        }
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < J; ++j) _mm256_store_ps(x + 64 * r + 8 * j, _mm256_add_ps(sum[r][j].a, sum[r][j].b));
+}
+
+// by8[j][r] = lane[i] + lane[i + 8] of dot16(q[r], *k[j]).
+template <class T, int R, int J>
+inline void dots(const float* q, size_t dim, const uint8_t* const* k, __m256 (*by8)[R]) {
+  if constexpr (R <= 3 || J == 1) {
+    __m256 sum[J][R][2];
+    lanes<T, R, J, 2>(q, dim, k, 0, sum);
+    for (int j = 0; j < J; ++j) {
+      for (int r = 0; r < R; ++r) by8[j][r] = _mm256_add_ps(sum[j][r][0], sum[j][r][1]);
+    }
+  } else if constexpr (T::kType == Kv::Q8_0) {  // whose halves share work: one key after the other
+    for (int j = 0; j < J; ++j) dots<T, R, 1>(q, dim, k + j, by8 + j);
+  } else {  // one half after the other: all sums would not fit the registers
+    __m256 low[J][R][1], high[J][R][1];
+    lanes<T, R, J, 1>(q, dim, k, 0, low);
+    lanes<T, R, J, 1>(q, dim, k, 1, high);
+    for (int j = 0; j < J; ++j) {
+      for (int r = 0; r < R; ++r) by8[j][r] = _mm256_add_ps(low[j][r][0], high[j][r][0]);
+    }
   }
 }
 
 // s[r][j] = dot16(q[r], k[j]) * scale for R rows, whose scores lie kAttnChunk apart. Up to seven scores past `keys` are
-// written; only the rows of the keys are read.
+// written; only the rows of the keys are read, in order.
 template <class T, int R>
 inline void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, size_t keys, float scale, float* s) {
-  constexpr int J = R == 1 ? 4 : R <= 3 ? 2 : 1;
-  for (size_t j = 0; j < keys; j += 8, k += 8 * row_bytes) {
-    alignas(32) float x[R * 64];
-    const size_t n = keys - j < 8 ? keys - j : 8;
-    size_t i = 0;
-    for (; i + J <= n; i += J) dots<T, R, J>(q, dim, k + i * row_bytes, row_bytes, x + 8 * i);
-    for (; i < n; ++i) dots<T, R, 1>(q, dim, k + i * row_bytes, row_bytes, x + 8 * i);
-    for (; i < 8; ++i) {
-      for (size_t r = 0; r < R; ++r) _mm256_store_ps(x + 64 * r + 8 * i, _mm256_setzero_ps());
+  constexpr int J = R == 1 ? 4 : 2;  // keys of a register tile
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (size_t j = 0; j < keys; j += 8) {
+    alignas(32) float by4[R][4][8];  // of keys 2 i and 2 i + 1
+    for (int i = 0; i < 8; i += J) {
+      const uint8_t* key[J];
+      for (int n = 0; n < J; ++n) {
+        const size_t at = j + static_cast<size_t>(i + n);
+        key[n] = k + (at < keys ? at : keys - 1) * row_bytes;
+      }
+      __m256 by8[J][R];
+      dots<T, R, J>(q, dim, key, by8);
+      for (int n = 0; n < J; n += 2) {
+        for (int r = 0; r < R; ++r) _mm256_store_ps(by4[r][(i + n) / 2], halves(by8[n][r], by8[n + 1][r]));
+      }
     }
     for (int r = 0; r < R; ++r) {
-      _mm256_store_ps(s + static_cast<size_t>(r) * kAttnChunk + j,
-                      _mm256_mul_ps(fold_keys(x + 64 * r), _mm256_set1_ps(scale)));
+      const __m256 even = quarters(_mm256_load_ps(by4[r][0]), _mm256_load_ps(by4[r][2]));
+      const __m256 odd = quarters(_mm256_load_ps(by4[r][1]), _mm256_load_ps(by4[r][3]));
+      const __m256 by1 = _mm256_permutevar8x32_ps(eighths(even, odd), in_order);
+      _mm256_store_ps(s + static_cast<size_t>(r) * kAttnChunk + j, _mm256_mul_ps(by1, _mm256_set1_ps(scale)));
     }
   }
 }
 
+// exp_f32 of each lane, for x <= 0 or NaN. Where exp_f32 says 0 at once, so does the last product here: -105 and all
+// above it down to exp_f32's limit give less than 2^-150.
+inline __m256 exp8_below_0(__m256 x) {
+  const __m256 magic = _mm256_set1_ps(kRoundMagic);
+  x = _mm256_max_ps(_mm256_set1_ps(-105.0f), x);  // a NaN in the second operand stays
+  const __m256 t = _mm256_fmadd_ps(x, _mm256_set1_ps(kLog2E), magic);
+  const __m256 n = _mm256_sub_ps(t, magic);
+  __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-kLn2High), x);
+  r = _mm256_fmadd_ps(n, _mm256_set1_ps(-kLn2Low), r);
+  __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(kExpC6), r, _mm256_set1_ps(kExpC5));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpC4));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpC3));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpC2));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  // The magic's low nine bits, and those of its half, are zero: shifted by 23 they leave n alone.
+  const __m256i e = _mm256_castps_si256(t), half = _mm256_srai_epi32(e, 1),
+                one = _mm256_castps_si256(_mm256_set1_ps(1));
+  const __m256i s1 = _mm256_add_epi32(_mm256_slli_epi32(half, 23), one);
+  const __m256i s2 = _mm256_add_epi32(_mm256_slli_epi32(_mm256_sub_epi32(e, half), 23), one);
+  return _mm256_mul_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(s1)), _mm256_castsi256_ps(s2));
+}
+
 // p[0 .. n) from scores to weights: exp(p - max). Returns sum16 of the weights; *max is the maximum.
 float weigh(float* p, size_t n, float* max) {
-  __m256 top = _mm256_set1_ps(-HUGE_VALF);
+  __m256 tops[4];  // of their own, so that one maximum need not wait for the one before
+  for (__m256& t : tops) t = _mm256_set1_ps(-HUGE_VALF);
   size_t j = 0;
   // a NaN in the first operand is passed over
-  for (; j + 8 <= n; j += 8) top = _mm256_max_ps(_mm256_loadu_ps(p + j), top);
+  for (; j + 32 <= n; j += 32) {
+    for (size_t i = 0; i < 4; ++i) tops[i] = _mm256_max_ps(_mm256_load_ps(p + j + 8 * i), tops[i]);
+  }
+  __m256 top = _mm256_max_ps(_mm256_max_ps(tops[0], tops[1]), _mm256_max_ps(tops[2], tops[3]));
+  for (; j + 8 <= n; j += 8) top = _mm256_max_ps(_mm256_load_ps(p + j), top);
   if (j < n) {
     const __m256i mask = lanes_below(n - j);
     top = keep(top, _mm256_max_ps(_mm256_maskload_ps(p + j, mask), top), mask);
@@ -178,13 +261,13 @@ float weigh(float* p, size_t n, float* max) {
   const __m256 max8 = _mm256_set1_ps(*max);
   Lanes16 sum{_mm256_setzero_ps(), _mm256_setzero_ps()};
   const auto weigh8 = [&](size_t i, __m256* lanes) {
-    const __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(p + i), max8));
+    const __m256 e = exp8_below_0(_mm256_sub_ps(_mm256_loadu_ps(p + i), max8));
     _mm256_storeu_ps(p + i, e);
     *lanes = _mm256_add_ps(*lanes, e);
   };
   const auto weigh_part = [&](size_t i, size_t count, __m256* lanes) {
     const __m256i mask = lanes_below(count);
-    const __m256 e = exp8(_mm256_sub_ps(_mm256_maskload_ps(p + i, mask), max8));
+    const __m256 e = exp8_below_0(_mm256_sub_ps(_mm256_maskload_ps(p + i, mask), max8));
     _mm256_maskstore_ps(p + i, mask, e);
     *lanes = keep(*lanes, _mm256_add_ps(*lanes, e), mask);
   };
@@ -219,7 +302,7 @@ inline void values(const float* p, const size_t* end, const uint8_t* v, size_t r
   size_t j = 0;
   for (; j < end[0]; ++j, v += row_bytes) {
     Lanes16 row[P];
-    for (int i = 0; i < P; ++i) row[i] = T::at(v, d + static_cast<size_t>(16 * i));
+    for (int i = 0; i < P; ++i) row[i] = at16<T>(v, d + static_cast<size_t>(16 * i));
     for (int r = 0; r < R; ++r) {
       const __m256 weight = _mm256_broadcast_ss(p + static_cast<size_t>(r) * kAttnChunk + j);
       for (int i = 0; i < P; ++i) {
@@ -230,7 +313,7 @@ inline void values(const float* p, const size_t* end, const uint8_t* v, size_t r
   }
   for (; j < end[R - 1]; ++j, v += row_bytes) {  // the diagonal
     for (int i = 0; i < P; ++i) {
-      const Lanes16 row = T::at(v, d + static_cast<size_t>(16 * i));
+      const Lanes16 row = at16<T>(v, d + static_cast<size_t>(16 * i));
       for (int r = 0; r < R; ++r) {
         if (j >= end[r]) continue;
         const __m256 weight = _mm256_broadcast_ss(p + static_cast<size_t>(r) * kAttnChunk + j);
@@ -265,9 +348,19 @@ inline void touch(const uint8_t* tile, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) static_cast<void>(p[i]);
 }
 
-inline void prefetch(const uint8_t* p, const uint8_t* end) {
-  for (; p < end; p += 64) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
-}
+// Fetches the tile that comes next while this one is multiplied: a share of its lines with each group of rows.
+struct Ahead {
+  const uint8_t* next;
+  const uint8_t* end;
+  size_t share;
+
+  Ahead(const uint8_t* from, size_t bytes, size_t groups)
+      : next(from), end(from + bytes), share((bytes / groups + 63) / 64) {}
+  void step() {
+    for (size_t i = 0; i < share && next < end; ++i, next += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+  }
+};
 
 // Rows r0 .. r0 + rows of the call, at most kAttnRows.
 template <class T, bool kDirect>
@@ -284,7 +377,7 @@ void block(const AttnArgs& args, size_t r0, size_t rows) {
     for (size_t d = 0; d < dim_k; d += 16) {
       const size_t left = args.head_dim_k - d;
       const uint8_t* bytes = reinterpret_cast<const uint8_t*>(from + d);
-      const Lanes16 x = left >= 16 ? F32::at(bytes, 0) : part<F32>(bytes, 0, left);
+      const Lanes16 x = left >= 16 ? at16<F32>(bytes, 0) : part<F32>(bytes, 0, left);
       _mm256_store_ps(q + r * dim_k + d, x.a);
       _mm256_store_ps(q + r * dim_k + d + 8, x.b);
     }
@@ -294,11 +387,20 @@ void block(const AttnArgs& args, size_t r0, size_t rows) {
 
   const uint8_t* k = static_cast<const uint8_t*>(args.k);
   const size_t k_bytes = kv_row_bytes(T::kType, args.head_dim_k);
+  const uint8_t* v = static_cast<const uint8_t*>(args.v);
+  const size_t v_bytes = kv_row_bytes(T::kType, args.head_dim_v);
   for (size_t j = 0; j < keys; j += kAttnTile, k += kAttnTile * k_bytes) {
     const size_t in_tile = keys - j < kAttnTile ? keys - j : kAttnTile;
-    if constexpr (!kDirect) widen<T>(k, k_bytes, in_tile, args.head_dim_k, dim_k, 1, tile);
+    if constexpr (kDirect) {
+      touch(k, in_tile * k_bytes);
+    } else {
+      widen<T>(k, k_bytes, in_tile, args.head_dim_k, dim_k, 1, tile);
+    }
+    const bool more = j + kAttnTile < keys;
+    Ahead ahead(more ? k + kAttnTile * k_bytes : v, kAttnTile * (more ? k_bytes : v_bytes), rows / 3 + 1);
     for_groups<kDirect ? 4 : 3>(rows, [&](auto count, size_t r) {
       constexpr int R = decltype(count)::value;
+      if constexpr (!kDirect) ahead.step();
       const size_t last = n[r + R - 1];
       if (last <= j) return;
       const size_t seen = last - j < in_tile ? last - j : in_tile;
@@ -312,8 +414,6 @@ void block(const AttnArgs& args, size_t r0, size_t rows) {
   }
   for (size_t r = 0; r < rows; ++r) args.sum[r0 + r] = weigh(p + r * kAttnChunk, n[r], args.m + r0 + r);
 
-  const uint8_t* v = static_cast<const uint8_t*>(args.v);
-  const size_t v_bytes = kv_row_bytes(T::kType, args.head_dim_v);
   for (size_t j = 0; j < keys; j += kAttnTile, v += kAttnTile * v_bytes) {
     const size_t in_tile = keys - j < kAttnTile ? keys - j : kAttnTile;
     if constexpr (kDirect) {
@@ -323,9 +423,12 @@ void block(const AttnArgs& args, size_t r0, size_t rows) {
     }
     size_t end[kAttnRows];
     for (size_t r = 0; r < rows; ++r) end[r] = n[r] <= j ? 0 : n[r] - j < in_tile ? n[r] - j : in_tile;
+    const bool more = j + kAttnTile < keys;  // then the next chunk, which may not be there: fetching it does no harm
+    Ahead ahead(more ? v + kAttnTile * v_bytes : k, kAttnTile * (more ? v_bytes : k_bytes), rows / 6 + 1);
     const auto each = [&](size_t d0, size_t d1) {
       for_groups<kDirect ? 4 : 6>(rows, [&](auto count, size_t r) {
         constexpr int R = decltype(count)::value;
+        if constexpr (!kDirect) ahead.step();
         if (end[r + R - 1] == 0) return;
         float* to = acc + r * args.acc_stride;
         const float* weights = p + r * kAttnChunk + j;
