@@ -323,6 +323,14 @@ void check_attention(const KernelTable& scalar, const KernelTable& tier, const s
     c.scale = 0x1p-10f;  // scores of +0 and -0
     compare(c);
   }
+  // weights that come out as 0 or as denormals: every float from -86 down to -106, each next to a score of 0
+  AttnCase c = draw_attn(Kv::F32, 1, 1, 1, 1, kAttnChunk, Values::kPlain);
+  c.q = {1.0f}, c.scale = 1.0f;
+  for (float x = -86.0f; x > -106.0f;) {
+    c.k[0] = 0.0f;
+    for (size_t j = 1; j < c.k.size(); ++j) c.k[j] = x, x = std::nextafter(x, -INFINITY);
+    compare(c);
+  }
 }
 
 void check_merge(const KernelTable& scalar, const KernelTable& tier, const std::string& name) {
@@ -777,11 +785,12 @@ int main(int argc, char** argv) {
   if (argc > 1 && std::strcmp(argv[1], "--bench") == 0) {
     const size_t threads = argc > 2 ? std::max(1ul, std::strtoul(argv[2], nullptr, 10)) : 1;
     std::printf("clock %.2f GHz, read stream of %zu %.2f GB/s\n", clock_rate() * 1e-9, threads, read_stream(threads));
+    AttnChunkFn last = kernels_for(Tier::kScalar)->attn_chunk[0];
     for (int i = 1; i < kTiers; ++i) {
-      const KernelTable* below = kernels_for(static_cast<Tier>(i - 1));
       const KernelTable* tier = kernels_for(static_cast<Tier>(i));
-      if (tier && !(below && below->attn_chunk[0] == tier->attn_chunk[0]))
-        bench_attention(static_cast<Tier>(i), threads);
+      if (!tier || tier->attn_chunk[0] == last) continue;  // the kernels of the tier below
+      bench_attention(static_cast<Tier>(i), threads);
+      last = tier->attn_chunk[0];
     }
     return 0;
   }
