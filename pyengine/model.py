@@ -17,8 +17,8 @@ from pyengine.gguf_file import GgufFile, Metadata, fs_path, load_mode
 if TYPE_CHECKING:
     from pyengine.tokenizer import Tokenizer
 
-KvType = Literal["f16", "f32"]
-KV_TYPES: dict[KvType, int] = {"f16": 1, "f32": 0}
+KvType = Literal["f16", "f32", "q8_0"]
+KV_TYPES: dict[KvType, int] = {"f16": 1, "f32": 0, "q8_0": 8}
 _NONE, _LAST, _ALL = 0, 1, 2  # pe_logits
 
 
@@ -108,7 +108,7 @@ class Session:
     Args:
         n_ctx: positions of the cache; 0: the model's context, at most 4096.
         threads, threads_prefill: 0: one per usable physical core.
-        kv_type: ``"f16"`` or ``"f32"``.
+        kv_type: ``"f16"``, ``"f32"`` or ``"q8_0"`` (half of f16's memory; head dimensions must be multiples of 32).
         chunk: tokens per prefill step, at most 1024; no effect on any logit.
     """
 

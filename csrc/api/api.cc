@@ -85,14 +85,15 @@ SessionOptions session_options(const pe_session_options* given) {
   out.n_threads = o.n_threads;
   out.n_threads_prefill = o.n_threads_prefill;
   out.n_chunk = o.n_chunk;
-  if (o.kv_type == 1) {
-    out.kv = Kv::F16;
-  } else if (o.kv_type == 0) {
-    out.kv = Kv::F32;
-  } else {
-    throw Error(Status::kUnsupported, "bad_option",
-                "a KV cache of tensor type " + std::to_string(o.kv_type) + " is not supported; known: 1 (F16), 0 (F32)",
-                "kv_type");
+  switch (o.kv_type) {
+    case 0: out.kv = Kv::F32; break;
+    case 1: out.kv = Kv::F16; break;
+    case 8: out.kv = Kv::Q8_0; break;
+    default:
+      throw Error(Status::kUnsupported, "bad_option",
+                  "a KV cache of tensor type " + std::to_string(o.kv_type) +
+                      " is not supported; known: 1 (F16), 0 (F32), 8 (Q8_0)",
+                  "kv_type");
   }
   return out;
 }

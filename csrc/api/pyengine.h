@@ -235,7 +235,8 @@ typedef struct pe_session_options {
   uint32_t n_ctx;             /* positions of the KV cache; 0 (default): min(the model's context, 4096) */
   uint32_t n_threads;         /* threads when one token is evaluated; 0 (default): one per usable physical core */
   uint32_t n_threads_prefill; /* threads when several are; 0 (default): as n_threads */
-  int32_t kv_type;            /* tensor type of the cache: 1 = F16 (default), 0 = F32 */
+  int32_t kv_type;            /* tensor type of the cache: 1 = F16 (default), 0 = F32, 8 = Q8_0: about half of F16's memory and
+                                 reading, slightly different logits; head dimensions must be multiples of 32 */
   uint32_t n_chunk;           /* tokens per prefill step, at most 1024; 0 (default): 256. No effect on any logit */
 } pe_session_options;
 
@@ -247,11 +248,12 @@ typedef enum pe_logits {
 
 void pe_session_options_init(pe_session_options* options);
 
-/* Memory a session with these options will allocate, in bytes: exact, computed by the code that allocates. */
+/* Memory a session with these options will allocate, in bytes: exact, computed by the code that allocates.
+ * PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type), PE_E_MEMORY. */
 pe_status pe_session_bytes(const pe_model* model, const pe_session_options* options, uint64_t* kv_bytes,
                            uint64_t* scratch_bytes);
 
-/* `options` may be NULL. PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type), PE_E_MEMORY. */
+/* `options` may be NULL. PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type, or head dimensions that do not fit it), PE_E_MEMORY. */
 pe_status pe_session_create(pe_model* model, const pe_session_options* options, pe_session** out);
 /* Must not be called while an eval of the same session is running in another thread. */
 void pe_session_free(pe_session* session);

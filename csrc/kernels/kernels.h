@@ -113,32 +113,53 @@ using SiluMulFn = void (*)(const float* gate, const float* up, size_t n,
                            float* y);                        // y = gate / (1 + exp(-gate)) * up; y may alias
 using ExpFn = void (*)(const float* x, size_t n, float* y);  // the engine's own exp, see math.h
 
-// KV cache element types.
-enum class Kv : int { F16, F32 };
-inline constexpr int kKvs = 2;
-using StoreKvFn = void (*)(const float* x, size_t n, void* dst);  // F16: rounded to nearest even, overflow to infinity
+// How the KV cache stores a head's keys (or values) of one position: a row of head_dim elements.
+//   F16   rounded to nearest even, overflow to infinity
+//   F32   as they are
+//   Q8_0  BlockQ8_0 of 32 (head_dim: a multiple of 32): amax = max |x|, scale = amax / 127, inv = 1 / scale (0 when that is
+//         infinite), q = x * inv rounded half away from zero, d = scale as fp16: the bytes quant/quantise.h writes. A block
+//         with a NaN or an infinity: d NaN, all q 0, so that the damage is seen. Read back as float(d) * q, which is exact.
+enum class Kv : int { F16, F32, Q8_0 };
+inline constexpr int kKvs = 3;
 
-// One chunk of keys for the query heads that share a KV head. Keys and values of consecutive positions lie head_dim elements
-// apart. For each query head h:
-//   s[j] = dot16(q[h], k[j]) * scale             j = 0 .. keys - 1
+static constexpr size_t kv_row_bytes(Kv type, size_t head_dim) {
+  return type == Kv::Q8_0 ? head_dim / 32 * sizeof(BlockQ8_0) : head_dim * (type == Kv::F16 ? 2 : 4);
+}
+
+using StoreKvFn = void (*)(const float* x, size_t n, void* dst);  // one row
+
+// One chunk of keys for the queries of consecutive tokens and the heads that share a KV head: row r = t * heads + h is token
+// t's query of head h, and sees n = min(keys + t, kAttnChunk) keys. Keys and values of consecutive positions are consecutive
+// rows of the cache, widened exactly; those up to the last token's are readable. For each row:
+//   s[j] = dot16(q[r], k[j]) * scale             j = 0 .. n - 1
 //   m = max s[j];  p[j] = exp(s[j] - m);  sum = sum16(p);  acc[d] = chain over ascending j of fma(p[j], v[j][d], acc[d]) from +0
-// written to m[h], sum[h], acc[h * acc_stride + d]. max starts at -infinity and passes over a NaN (which spoils sum and acc
-// through its own p); a maximum of zero is +0.
+// written to m[r], sum[r], acc[r * acc_stride + d]. max starts at -infinity and passes over a NaN (which spoils sum and acc
+// through its own p); a maximum of zero is +0. What a row gets never depends on the other rows of the call.
 inline constexpr size_t kAttnChunk = 256;  // positions; chunks are aligned to absolute positions
+inline constexpr size_t kAttnRows = 48;    // rows of a call that widening a chunk pays for; more are as good, fewer slower
 struct AttnArgs {
-  const float* q;  // [heads][q_stride], head_dim_k used
-  size_t heads, q_stride;
-  const void* k;  // [keys][head_dim_k]
-  const void* v;  // [keys][head_dim_v]
-  size_t keys;    // 1 .. kAttnChunk
+  const float* q;  // q + t * q_stride + h * head_dim_k
+  size_t tokens, heads, q_stride;
+  const void* k;  // [keys][kv_row_bytes(head_dim_k)]
+  const void* v;  // [keys][kv_row_bytes(head_dim_v)]
+  size_t keys;    // of the first token, 1 .. kAttnChunk
   size_t head_dim_k, head_dim_v;
   float scale;
-  float* acc;
-  size_t acc_stride;
+  float* acc;         // 64-byte aligned
+  size_t acc_stride;  // a multiple of 16; floats of a row past head_dim_v may be overwritten
   float* m;
   float* sum;
+  float* work;  // attn_work(head_dim_k, head_dim_v) floats of this call's own, 64-byte aligned
 };
 using AttnChunkFn = void (*)(const AttnArgs&);
+
+inline constexpr size_t kAttnTile = 32;  // keys widened at once: 16 KiB at 128 dimensions
+static constexpr size_t pad16(size_t n) { return (n + 15) / 16 * 16; }
+// q [kAttnRows][head_dim_k], weights [kAttnRows][kAttnChunk], a tile of keys or values
+static constexpr size_t attn_work(size_t head_dim_k, size_t head_dim_v) {
+  const size_t k = pad16(head_dim_k), v = pad16(head_dim_v);
+  return kAttnRows * (k + kAttnChunk) + kAttnTile * (k > v ? k : v);
+}
 
 // Folds one more chunk (m2, sum2, acc2) into a running (m, sum, acc), chunks ascending:
 //   m2 > m:    c = exp(m - m2): sum = fma(sum, c, sum2), acc = fma(acc, c, acc2), m = m2

@@ -32,10 +32,16 @@ Scratch scratch_layout(const ModelConfig& c, size_t n_ctx, size_t n_chunk, size_
   s.done = add(1, (c.n_ff + 31) / 32 * sizeof(uint32_t));
   s.out = floats(c.n_embd);
   s.angles = floats(c.rope.dims);
-  s.acc_stride = pad64(c.head_dim_v * sizeof(float)) / sizeof(float);
+  s.acc_stride = pad16(c.head_dim_v);
+  s.tile_tokens = std::max<size_t>(1, kAttnRows / c.heads_per_kv());
   const size_t chunks = (n_ctx + kAttnChunk - 1) / kAttnChunk;
-  const size_t slots = std::max(c.n_kv_heads * chunks, 2 * n_threads);
-  s.partial = add(slots, c.heads_per_kv() * (s.acc_stride + 2) * sizeof(float));
+  const size_t split = std::min(n_chunk, kSplitTokens) * c.n_heads * chunks;
+  const size_t tiles = 2 * n_threads * s.tile_tokens * c.heads_per_kv();
+  const size_t slots = std::max(split, tiles);
+  s.acc = add(slots, s.acc_stride * sizeof(float));
+  s.max = add(1, slots * sizeof(float));
+  s.sum = add(1, slots * sizeof(float));
+  s.work = add(n_threads, attn_work(c.head_dim_k, c.head_dim_v) * sizeof(float));
   return s;
 }
 

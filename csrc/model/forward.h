@@ -26,11 +26,16 @@ struct Scratch {
   Rows done;        // [1][n_ff / 32] uint32: how much of a block of gate there is
   Rows out;         // [T][n_embd], what a block adds to the residual stream
   Rows angles;      // [T][rope dims / 2][2]
-  Rows partial;     // attention of one KV head's group over one chunk: acc [heads][acc_stride], m [heads], sum [heads].
-                    // One token: row (KV head, chunk); several: rows (thread, running | next)
-  size_t acc_stride = 0;  // floats, head_dim_v padded
+  Rows acc;         // attention over some chunks, before the division by sum: [slots][acc_stride], with
+  Rows max, sum;    // [1][slots]. Which slots stand for what: ops.cc
+  Rows work;        // [threads][attn_work]
+  size_t acc_stride = 0;   // floats, head_dim_v padded
+  size_t tile_tokens = 0;  // tokens whose queries of a KV head's group meet the keys together in prefill
   size_t bytes = 0;
 };
+
+// Up to so many tokens, attention is split over the chunks of the cache too, and merged afterwards.
+inline constexpr size_t kSplitTokens = 8;
 
 Scratch scratch_layout(const ModelConfig& config, size_t n_ctx, size_t n_chunk, size_t n_threads);
 

@@ -20,6 +20,8 @@ constexpr size_t kTasksPerThread = 8;
 constexpr size_t kTaskRowsBatch = 64;
 constexpr size_t kTaskWork = size_t{1} << 26;
 constexpr size_t kTileRows = 16;
+// Attention of many tokens: tiles a thread gets at least, where there are enough tokens.
+constexpr size_t kTilesPerThread = 4;
 
 // body(i) for every task i, one at a time on whichever thread is free; ends in a barrier.
 template <typename Body>
@@ -113,85 +115,98 @@ void linear_rows(const Batch& b, const Tensor& w, const Input& x, size_t tokens,
   });
 }
 
-// One group's attention over one chunk: the rows of Scratch::partial.
-struct Partial {
-  float* acc;  // [heads][acc_stride]
-  float* m;    // [heads]
-  float* sum;  // [heads]
+// Tokens t0 .. t1 of the batch against KV head `group`: its heads share the keys. Slot `slot` + (t - t0) * heads + head
+// belongs to token t and that head of the group.
+struct Tile {
+  size_t group, t0, t1;
 };
 
-Partial partial(const Batch& b, size_t slot) {
-  const size_t heads = b.config.heads_per_kv();
-  float* base = b.row(b.layout.partial, slot);
-  float* m = base + heads * b.layout.acc_stride;
-  return {base, m, m + heads};
+// The first token of the tile that sees chunk c.
+size_t first_seeing(const Batch& b, const Tile& tile, size_t c) {
+  const size_t first = c * kAttnChunk;
+  return first > b.pos + tile.t0 ? first - b.pos : tile.t0;
 }
 
-// Token t's queries of KV head g against chunk c, keys up to and including the token's own position.
-void attend_chunk(const Batch& b, size_t layer, size_t g, size_t t, size_t c, const Partial& out) {
+// The tile against chunk c, keys up to and including each token's own position.
+void attend_chunk(const Team& team, const Batch& b, size_t layer, const Tile& tile, size_t c, size_t slot) {
   const ModelConfig& m = b.config;
   const size_t first = c * kAttnChunk;
+  const size_t t = first_seeing(b, tile, c);
+  slot += (t - tile.t0) * m.heads_per_kv();
   b.kernels.attn_chunk[static_cast<int>(b.kv.shape().type)]({
-      .q = b.row(b.layout.q, t) + g * m.heads_per_kv() * m.head_dim_k,
+      .q = b.row(b.layout.q, t) + tile.group * m.heads_per_kv() * m.head_dim_k,
+      .tokens = tile.t1 - t,
       .heads = m.heads_per_kv(),
-      .q_stride = m.head_dim_k,
-      .k = b.kv.k(layer, g, first),
-      .v = b.kv.v(layer, g, first),
+      .q_stride = b.layout.q.stride / sizeof(float),
+      .k = b.kv.k(layer, tile.group, first),
+      .v = b.kv.v(layer, tile.group, first),
       .keys = std::min(kAttnChunk, b.pos + t + 1 - first),
       .head_dim_k = m.head_dim_k,
       .head_dim_v = m.head_dim_v,
       .scale = 1.0f / std::sqrt(static_cast<float>(m.head_dim_k)),
-      .acc = out.acc,
+      .acc = b.row(b.layout.acc, slot),
       .acc_stride = b.layout.acc_stride,
-      .m = out.m,
-      .sum = out.sum,
+      .m = b.row(b.layout.max, 0) + slot,
+      .sum = b.row(b.layout.sum, 0) + slot,
+      .work = b.row(b.layout.work, team.index()),
   });
 }
 
-void merge(const Batch& b, const Partial& into, const Partial& next, size_t head) {
-  b.kernels.attn_merge(&into.m[head], &into.sum[head], into.acc + head * b.layout.acc_stride, next.m[head],
-                       next.sum[head], next.acc + head * b.layout.acc_stride, b.config.head_dim_v);
+void merge(const Batch& b, size_t into, size_t next) {
+  float* m = b.row(b.layout.max, 0);
+  float* sum = b.row(b.layout.sum, 0);
+  b.kernels.attn_merge(m + into, sum + into, b.row(b.layout.acc, into), m[next], sum[next], b.row(b.layout.acc, next),
+                       b.config.head_dim_v);
 }
 
-void finish(const Batch& b, const Partial& done, size_t g, size_t head, size_t t) {
-  float* y = b.row(b.layout.h, t) + (g * b.config.heads_per_kv() + head) * b.config.head_dim_v;
-  b.kernels.attn_finish(done.acc + head * b.layout.acc_stride, done.sum[head], b.config.head_dim_v, y);
+// head: of all n_heads
+void finish(const Batch& b, size_t slot, size_t t, size_t head) {
+  b.kernels.attn_finish(b.row(b.layout.acc, slot), b.row(b.layout.sum, 0)[slot], b.config.head_dim_v,
+                        b.row(b.layout.h, t) + head * b.config.head_dim_v);
 }
 
-// One token: every (KV head, chunk) is a task of its own, so that all threads are busy however few heads there are.
-void attend_one(Team& team, Batch& b, size_t layer) {
-  const size_t groups = b.config.n_kv_heads;
-  const size_t chunks = ceil_div(b.pos + 1, kAttnChunk);
-  each(team, groups * chunks, [&](size_t task) {
-    if (cancelled(b)) return;
-    attend_chunk(b, layer, task / chunks, 0, task % chunks, partial(b, task));
-  });
+// Few tokens: every (KV head, chunk) is a task of its own, so that all threads are busy however few heads there are, and
+// keys and values are read once for all tokens.
+void attend_few(Team& team, Batch& b, size_t layer) {
+  const size_t chunks = ceil_div(b.pos + b.n, kAttnChunk);
   const size_t heads = b.config.heads_per_kv();
-  each(team, b.config.n_heads, [&](size_t task) {
+  const size_t rows = b.n * heads;  // of a (KV head, chunk)
+  each(team, b.config.n_kv_heads * chunks, [&](size_t task) {
     if (cancelled(b)) return;
-    const size_t g = task / heads;
-    const size_t head = task % heads;
-    const Partial total = partial(b, g * chunks);
-    for (size_t c = 1; c < chunks; ++c) merge(b, total, partial(b, g * chunks + c), head);
-    finish(b, total, g, head, 0);
+    attend_chunk(team, b, layer, {task / chunks, 0, b.n}, task % chunks, task * rows);
+  });
+  each(team, b.n * b.config.n_heads, [&](size_t task) {
+    if (cancelled(b)) return;
+    const size_t t = task / b.config.n_heads;
+    const size_t head = task % b.config.n_heads;
+    const size_t total = head / heads * chunks * rows + t * heads + head % heads;
+    for (size_t c = 1; c < ceil_div(b.pos + t + 1, kAttnChunk); ++c) merge(b, total, total + c * rows);
+    finish(b, total, t, head);
   });
 }
 
-// Several tokens: a task is one token's group over all chunks, neighbours in time share the group's keys.
+// Many tokens: a task is a tile of them over all chunks. Tasks next to each other in time share a KV head, the longest first.
 void attend_many(Team& team, Batch& b, size_t layer) {
-  const Partial total = partial(b, 2 * team.index());
-  const Partial next = partial(b, 2 * team.index() + 1);
-  each(team, b.config.n_kv_heads * b.n, [&](size_t task) {
-    if (cancelled(b)) return;
-    const size_t g = task / b.n;
-    const size_t t = task % b.n;
-    attend_chunk(b, layer, g, t, 0, total);
-    for (size_t c = 1; c < ceil_div(b.pos + t + 1, kAttnChunk); ++c) {
-      if (cancelled(b)) return;  // at 64k positions a task is long
-      attend_chunk(b, layer, g, t, c, next);
-      for (size_t head = 0; head < b.config.heads_per_kv(); ++head) merge(b, total, next, head);
+  const size_t heads = b.config.heads_per_kv();
+  const size_t groups = b.config.n_kv_heads;
+  const size_t even = ceil_div(b.n * groups, kTilesPerThread * team.size());
+  const size_t step = std::min(b.layout.tile_tokens, even);
+  const size_t tiles = ceil_div(b.n, step);
+  const size_t total = 2 * team.index() * b.layout.tile_tokens * heads;
+  const size_t next = total + b.layout.tile_tokens * heads;
+  each(team, groups * tiles, [&](size_t task) {
+    const size_t t0 = (tiles - 1 - task % tiles) * step;
+    const Tile tile{task / tiles, t0, std::min(t0 + step, b.n)};
+    for (size_t c = 0; c < ceil_div(b.pos + tile.t1, kAttnChunk); ++c) {
+      if (cancelled(b)) return;
+      attend_chunk(team, b, layer, tile, c, c == 0 ? total : next);
+      if (c == 0) continue;
+      for (size_t t = first_seeing(b, tile, c); t < tile.t1; ++t)
+        for (size_t i = (t - t0) * heads; i < (t - t0 + 1) * heads; ++i) merge(b, total + i, next + i);
     }
-    for (size_t head = 0; head < b.config.heads_per_kv(); ++head) finish(b, total, g, head, t);
+    for (size_t t = t0; t < tile.t1; ++t)
+      for (size_t head = 0; head < heads; ++head)
+        finish(b, total + (t - t0) * heads + head, t, tile.group * heads + head);
   });
 }
 
@@ -332,7 +347,7 @@ void rotate_and_store(Team& team, Batch& b, size_t layer) {
   });
 }
 
-void attend(Team& team, Batch& b, size_t layer) { b.n == 1 ? attend_one(team, b, layer) : attend_many(team, b, layer); }
+void attend(Team& team, Batch& b, size_t layer) { b.n <= kSplitTokens ? attend_few(team, b, layer) : attend_many(team, b, layer); }
 
 void logits(Team& team, Batch& b) {
   const Tensor& w = b.weights.output;

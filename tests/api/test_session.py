@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import pyengine
-from pyengine import Cancelled, ContextFull, InvalidArgument, Model, NumericError
+from pyengine import Cancelled, ContextFull, InvalidArgument, Model, NumericError, UnsupportedError
 from pyengine.gguf_file import GgufFile
+from pyengine.model import KvType
 from tests.support import DATA, needs_data
 
 PROMPT = [(7 * i * i + 3 * i) % 500 for i in range(300)]  # longer than one attention chunk of 256
@@ -43,7 +44,7 @@ def all_logits(model: Model, pieces: list[list[int]], **options: object) -> byte
 @pytest.mark.parametrize("name", FILES)
 def test_logits_do_not_depend_on_threads_chunks_or_batches(name: str) -> None:
     with Model.open(DATA / "gguf" / name) as model:
-        for kv_type in ("f16", "f32"):
+        for kv_type in ("f16", "f32", "q8_0"):
             expected = all_logits(model, [PROMPT], threads=1, chunk=300, kv_type=kv_type)
             for threads, chunk in itertools.product((1, 2, 3, 4), (1, 2, 3, 7, 16, 64, 255, 256, 257)):
                 if threads == 3 and chunk not in (2, 64):  # the full matrix is a target of its own
@@ -53,6 +54,33 @@ def test_logits_do_not_depend_on_threads_chunks_or_batches(name: str) -> None:
             cuts = [0, 1, 5, 6, 130, 256, 257, 300]
             pieces = [PROMPT[a:b] for a, b in itertools.pairwise(cuts)]
             assert all_logits(model, pieces, threads=2, kv_type=kv_type) == expected
+
+
+@needs_data
+@pytest.mark.parametrize("name", FILES)
+def test_logits_of_a_q8_0_cache_are_close_to_those_of_f16(name: str) -> None:
+    with Model.open(DATA / "gguf" / name) as model:
+
+        def logits(kv_type: KvType) -> np.ndarray:
+            with model.session(n_ctx=320, kv_type=kv_type) as session:
+                return session.eval(PROMPT, all_logits=True).astype(np.float64)
+
+        exact, half, eight = logits("f32"), logits("f16"), logits("q8_0")
+
+    def error(x: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((x - exact) ** 2) / np.mean(exact**2)))
+
+    assert error(eight) < 0.02
+    assert error(eight) > error(half)  # it is another cache: 8 bits cannot be as good as 11
+
+
+@needs_data
+def test_a_q8_0_cache_needs_head_dimensions_of_whole_blocks() -> None:
+    with Model.open(DATA / "gguf" / "stories260K-llama-F32.gguf") as model:
+        with pytest.raises(UnsupportedError, match="multiples of 32; this model has one of 8: use an F16 cache"):
+            model.session(kv_type="q8_0")
+        with pytest.raises(UnsupportedError, match="multiples of 32"):
+            model.session_bytes(kv_type="q8_0")
 
 
 @needs_data
@@ -236,6 +264,7 @@ def test_session_bytes_are_what_the_formula_says(demo: Model) -> None:
     assert kv == demo.n_layers * demo.n_kv_heads * 1000 * head * 2
     assert 0 < scratch < 64 << 20
     assert demo.session_bytes(n_ctx=1000, kv_type="f32")[0] == 2 * kv
+    assert demo.session_bytes(n_ctx=1000, kv_type="q8_0")[0] == kv // 64 * 34  # 32 elements in 34 bytes
 
 
 def test_loading_reports_progress_and_can_be_stopped() -> None:

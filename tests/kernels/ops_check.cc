@@ -1,24 +1,32 @@
 // Checks the operations around the linear layers: every tier against the scalar specification bit for bit, the scalar
 // ones against long double arithmetic, the rope angles, and the floating-point environment. Prints a summary; exit
 // status 1 on failure. Buffers end at an unmapped page, so that a read or write past the end ends the program.
+//
+//   ops_check --bench [THREADS]     the speed of attention instead: prefill against the limit of fp32 fma (16 MAC a cycle
+//                                   and core), decode against the machine's read stream
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "base/aligned_buffer.h"
 #include "base/error.h"
 #include "base/fp_env.h"
 #include "kernels/kernels.h"
 #include "model/angles.h"
 #include "quant/fp16.h"
+#include "quant/quantise.h"
 #include "runtime/thread_pool.h"
+#include "speed.h"
 
 namespace {
 
@@ -154,6 +162,14 @@ std::vector<T> run_store(const KernelTable& k, Kv type, const std::vector<float>
   return y.copy();
 }
 
+std::vector<uint8_t> run_store_q8_0(const KernelTable& k, const std::vector<float>& in) {
+  Guarded<float> x(in.size());
+  Guarded<uint8_t> y(kv_row_bytes(Kv::Q8_0, in.size()));
+  x.set(in);
+  k.store_kv[static_cast<int>(Kv::Q8_0)](x.get(), in.size(), y.get());
+  return y.copy();
+}
+
 int run_all_finite(const KernelTable& k, const std::vector<float>& in) {
   Guarded<float> x(in.size());
   x.set(in);
@@ -175,45 +191,51 @@ std::vector<float> run_rope(const KernelTable& k, const RopeCase& c) {
 
 struct AttnCase {
   Kv type;
-  size_t heads, q_stride, keys, dim_k, dim_v, acc_stride;
+  size_t tokens, heads, q_stride, keys, dim_k, dim_v, acc_stride;
   float scale;
   std::vector<float> q, k, v;
+
+  size_t rows() const { return tokens * heads; }
+  size_t stored() const { return std::min(keys + tokens - 1, kAttnChunk); }  // keys readable
 };
 
-std::vector<uint16_t> halves(const std::vector<float>& x) {
-  std::vector<uint16_t> h(x.size());
-  for (size_t i = 0; i < x.size(); ++i) h[i] = f32_to_f16(x[i]);
-  return h;
+const char* kv_name(Kv type) { return type == Kv::F16 ? "f16" : type == Kv::F32 ? "f32" : "q8_0"; }
+
+// n rows of `dim` floats as the cache stores them.
+std::vector<uint8_t> stored(Kv type, const std::vector<float>& x, size_t dim) {
+  const size_t row = kv_row_bytes(type, dim), n = x.size() / dim;
+  std::vector<uint8_t> out(n * row);
+  const StoreKvFn store = kernels_for(Tier::kScalar)->store_kv[static_cast<int>(type)];
+  for (size_t i = 0; i < n; ++i) store(x.data() + i * dim, dim, out.data() + i * row);
+  return out;
 }
 
-// acc, m and sum in one vector; what must not be written keeps a mark.
+// acc [rows][dim_v], m and sum in one vector. What lies behind acc's last row, or before a guard page, must not be touched.
 std::vector<float> run_attn(const KernelTable& table, const AttnCase& c) {
-  Guarded<float> q(c.q.size()), k32(c.k.size()), v32(c.v.size());
-  Guarded<uint16_t> k16(c.k.size()), v16(c.v.size());
-  Guarded<float> acc((c.heads - 1) * c.acc_stride + c.dim_v), m(c.heads), sum(c.heads);
-  q.set(c.q);
-  acc.set(std::vector<float>(acc.size(), 123.0f));
-  AttnArgs args{q.get(), c.heads, c.q_stride, nullptr,      nullptr, c.keys,   c.dim_k,
-                c.dim_v, c.scale, acc.get(),  c.acc_stride, m.get(), sum.get()};
-  if (c.type == Kv::F16) {
-    k16.set(halves(c.k)), v16.set(halves(c.v));
-    args.k = k16.get(), args.v = v16.get();
-  } else {
-    k32.set(c.k), v32.set(c.v);
-    args.k = k32.get(), args.v = v32.get();
-  }
-  table.attn_chunk[static_cast<int>(c.type)](args);
-  std::vector<float> out = acc.copy();
+  const std::vector<uint8_t> k = stored(c.type, c.k, c.dim_k), v = stored(c.type, c.v, c.dim_v);
+  Guarded<float> q(c.q.size());
+  Guarded<uint8_t> k_rows(k.size()), v_rows(v.size());
+  Guarded<float> acc(c.rows() * c.acc_stride), m(c.rows()), sum(c.rows());
+  Guarded<float> work(pad16(attn_work(c.dim_k, c.dim_v)));
+  q.set(c.q), k_rows.set(k), v_rows.set(v);
+  work.set(std::vector<float>(work.size(), NAN));  // what an earlier call left behind must not matter
+  table.attn_chunk[static_cast<int>(c.type)]({q.get(), c.tokens, c.heads, c.q_stride, k_rows.get(), v_rows.get(),
+                                              c.keys, c.dim_k, c.dim_v, c.scale, acc.get(), c.acc_stride, m.get(),
+                                              sum.get(), work.get()});
+  std::vector<float> out;
+  for (size_t r = 0; r < c.rows(); ++r)
+    out.insert(out.end(), acc.get() + r * c.acc_stride, acc.get() + r * c.acc_stride + c.dim_v);
   for (const auto& part : {m.copy(), sum.copy()}) out.insert(out.end(), part.begin(), part.end());
   return out;
 }
 
-AttnCase draw_attn(size_t heads, size_t dim_k, size_t dim_v, size_t keys, Values values) {
-  AttnCase c{
-      below(2) ? Kv::F16 : Kv::F32, heads, dim_k + below(3), keys, dim_k, dim_v, dim_v + below(5), 0.25f, {}, {}, {}};
-  c.q = floats((heads - 1) * c.q_stride + dim_k, values == Values::kHostile ? Values::kPlain : values);
-  c.k = floats(keys * dim_k, values == Values::kHostile ? Values::kPlain : values);
-  c.v = floats(keys * dim_v, values);
+AttnCase draw_attn(Kv type, size_t tokens, size_t heads, size_t dim_k, size_t dim_v, size_t keys, Values values) {
+  AttnCase c{type, tokens, heads, heads * dim_k + below(3), keys, dim_k, dim_v, pad16(dim_v) + 16 * below(2), 0.25f,
+             {},   {},     {}};
+  const Values plain = values == Values::kHostile ? Values::kPlain : values;
+  c.q = floats((tokens - 1) * c.q_stride + heads * dim_k, plain);
+  c.k = floats(c.stored() * dim_k, plain);
+  c.v = floats(c.stored() * dim_v, values);
   if (values == Values::kHostile) {  // a few odd values: with many, everything is NaN
     c.q[below(c.q.size())] = draw(values);
     c.k[below(c.k.size())] = draw(values);
@@ -240,6 +262,7 @@ void check_elementwise(const KernelTable& scalar, const KernelTable& tier, const
       check(same(run_store<uint16_t>(scalar, Kv::F16, in.a), run_store<uint16_t>(tier, Kv::F16, in.a)),
             "store_kv F16" + at);
       check(same(run_store<float>(scalar, Kv::F32, in.a), in.a), "store_kv F32" + at);
+      if (n % 32 == 0) check(run_store_q8_0(scalar, in.a) == run_store_q8_0(tier, in.a), "store_kv Q8_0" + at);
       check(same(run_store<float>(tier, Kv::F32, in.a), in.a), "store_kv F32" + at);
     }
     // all_finite: one special value at any place must be seen
@@ -274,26 +297,38 @@ void check_rope(const KernelTable& scalar, const KernelTable& tier, const std::s
 }
 
 void check_attention(const KernelTable& scalar, const KernelTable& tier, const std::string& name) {
-  const size_t dims[] = {1, 2, 7, 8, 9, 15, 16, 17, 24, 25, 31, 33, 48, 64, 80, 96, 100, 128, 160, 192};
+  const size_t dims[] = {1, 2, 7, 8, 9, 15, 16, 17, 24, 25, 31, 33, 48, 64, 80, 96, 100, 128, 160, 192, 256};
   const size_t keys[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 255, 256};
   const auto compare = [&](const AttnCase& c) {
     check(same(run_attn(scalar, c), run_attn(tier, c)),
-          "attn_chunk " + name + " heads=" + std::to_string(c.heads) + " keys=" + std::to_string(c.keys) + " dims=" +
-              std::to_string(c.dim_k) + "," + std::to_string(c.dim_v) + " f16=" + std::to_string(c.type == Kv::F16));
+          "attn_chunk " + name + " " + kv_name(c.type) + " tokens=" + std::to_string(c.tokens) +
+              " heads=" + std::to_string(c.heads) + " keys=" + std::to_string(c.keys) +
+              " dims=" + std::to_string(c.dim_k) + "," + std::to_string(c.dim_v));
   };
-  for (int i = 0; i < 1500; ++i) {
-    const size_t dim_k = dims[below(std::size(dims))];
-    const size_t dim_v = below(3) ? dim_k : dims[below(std::size(dims))];
+  for (int i = 0; i < 3 * 1200; ++i) {
+    const Kv type = static_cast<Kv>(i % kKvs);
+    const auto dim = [&] { return type == Kv::Q8_0 ? 32 * (1 + below(8)) : dims[below(std::size(dims))]; };
+    const size_t dim_k = dim(), dim_v = below(3) ? dim_k : dim();
     const Values values = kAllValues[below(std::size(kAllValues))];
-    compare(draw_attn(1 + below(below(8) ? 5 : 17), dim_k, dim_v, keys[below(std::size(keys))], values));
+    const size_t heads = 1 + below(below(8) ? 5 : 17);
+    // one token as in decode, a few as in a check of guesses, rarely a tile that crosses the end of the chunk
+    const size_t tokens = i % 2 ? 1 : 1 + below(below(8) ? 8 : below(8) ? 60 : 300);
+    compare(draw_attn(type, tokens, heads, dim_k, dim_v, keys[below(std::size(keys))], values));
   }
   // the sign of a zero maximum, whichever lane it sits in
   for (size_t n = 1; n <= 40; ++n) {
-    AttnCase c = draw_attn(1, 1, 1, n, Values::kPlain);
-    c.type = Kv::F32;
+    AttnCase c = draw_attn(Kv::F32, 1, 1, 1, 1, n, Values::kPlain);
     c.q = {1.0f};
     for (float& k : c.k) k = below(2) ? -0x1p-149f : 0x1p-149f;
     c.scale = 0x1p-10f;  // scores of +0 and -0
+    compare(c);
+  }
+  // weights that come out as 0 or as denormals: every float from -86 down to -106, each next to a score of 0
+  AttnCase c = draw_attn(Kv::F32, 1, 1, 1, 1, kAttnChunk, Values::kPlain);
+  c.q = {1.0f}, c.scale = 1.0f;
+  for (float x = -86.0f; x > -106.0f;) {
+    c.k[0] = 0.0f;
+    for (size_t j = 1; j < c.k.size(); ++j) c.k[j] = x, x = std::nextafter(x, -INFINITY);
     compare(c);
   }
 }
@@ -408,12 +443,36 @@ void check_rope_formula(const KernelTable& k) {
   }
 }
 
+// The cache's Q8_0 rows are those of the weights' quantiser; a block that is not finite is NaN as a whole.
+void check_store_q8_0(const KernelTable& k) {
+  for (const size_t n : {32, 64, 96, 128, 256}) {
+    for (const Values values : kAllValues) {
+      for (int round = 0; round < 20; ++round) {
+        std::vector<float> x = floats(n, values);
+        if (round == 0) std::fill(x.begin(), x.end(), below(2) ? 0.0f : -0.0f);
+        if (round == 1) std::fill(x.begin(), x.end(), 0x1.8p-149f);
+        for (size_t i = 0; i < n; i += 32) {
+          const std::vector<float> block(x.begin() + static_cast<long>(i), x.begin() + static_cast<long>(i) + 32);
+          const std::vector<uint8_t> got = run_store_q8_0(k, block);
+          std::vector<uint8_t> expected(sizeof(BlockQ8_0));
+          if (std::all_of(block.begin(), block.end(), is_finite)) {
+            quantise_row(Format::Q8_0, block.data(), 32, expected.data());
+          } else {
+            expected[0] = 0x00, expected[1] = 0x7e;
+          }
+          check(got == expected, "store_kv Q8_0 equals the quantiser");
+        }
+      }
+    }
+  }
+}
+
 // Several chunks merged and finished, against one softmax in long double.
 void check_attention_formula(const KernelTable& table) {
   for (int round = 0; round < 12; ++round) {
     const size_t keys = 300 + below(500), dim = 16 + 4 * below(20);
-    AttnCase c = draw_attn(1, dim, dim, keys, Values::kPlain);
-    c.type = Kv::F32;
+    AttnCase c = draw_attn(Kv::F32, 1, 1, dim, dim, keys, Values::kPlain);
+    c.k = floats(keys * dim, Values::kPlain), c.v = floats(keys * dim, Values::kPlain);
     c.scale = 4.0f;  // peaked enough that the maximum matters
     std::vector<float> acc(dim), y(dim);
     float m = 0, sum = 0;
@@ -614,14 +673,133 @@ void check_environment() {
   check(!keeps_denormals_and_rounds_to_nearest(), "run restores the caller's environment");
 }
 
+// ---- speed of attention ----
+
+struct Shape {
+  size_t kv_heads, heads, dim;  // heads: of a KV head
+};
+
+// Keys and values of `layers` layers, [layer][KV head][position] as in the cache, every row the same.
+struct BenchCache {
+  size_t row, positions, kv_heads;
+  AlignedBuffer k, v;
+
+  BenchCache(const Shape& s, Kv type, size_t layers, size_t n)
+      : row(kv_row_bytes(type, s.dim)),
+        positions(n),
+        kv_heads(s.kv_heads),
+        k(layers * s.kv_heads * n * row),
+        v(layers * s.kv_heads * n * row) {
+    const std::vector<uint8_t> one = stored(type, floats(s.dim, Values::kPlain), s.dim);
+    for (size_t i = 0; i < layers * s.kv_heads * n; ++i) {
+      std::memcpy(k.as<uint8_t>() + i * row, one.data(), row);
+      std::memcpy(v.as<uint8_t>() + i * row, one.data(), row);
+    }
+  }
+  size_t at(size_t layer, size_t g, size_t pos) const { return ((layer * kv_heads + g) * positions + pos) * row; }
+};
+
+// One thread's queries, results and work for tiles of `tokens`.
+struct BenchRows {
+  size_t rows, stride;
+  AlignedBuffer q, acc, next, stats, work;
+
+  BenchRows(const Shape& s, size_t tokens)
+      : rows(tokens * s.heads),
+        stride(s.kv_heads * s.heads * s.dim),
+        q(tokens * stride * sizeof(float)),
+        acc(rows * pad16(s.dim) * sizeof(float)),
+        next(rows * pad16(s.dim) * sizeof(float)),
+        stats(4 * rows * sizeof(float)),
+        work(attn_work(s.dim, s.dim) * sizeof(float)) {
+    for (size_t i = 0; i < tokens * stride; ++i) q.as<float>()[i] = uniform();
+  }
+
+  void chunk(const KernelTable& kernels, const Shape& s, Kv type, size_t g, const void* k, const void* v, bool first) {
+    float* m = stats.as<float>() + (first ? 0 : 2 * rows);
+    float* to = (first ? acc : next).as<float>();
+    kernels.attn_chunk[static_cast<int>(type)]({q.as<float>() + g * s.heads * s.dim, rows / s.heads, s.heads, stride, k,
+                                                v, kAttnChunk, s.dim, s.dim, 0.1f, to, pad16(s.dim), m, m + rows,
+                                                work.as<float>()});
+    for (size_t r = 0; r < rows && !first; ++r) {
+      float* total = stats.as<float>() + r;
+      kernels.attn_merge(total, total + rows, acc.as<float>() + r * pad16(s.dim), m[r], m[rows + r],
+                         to + r * pad16(s.dim), s.dim);
+    }
+  }
+};
+
+void bench_attention(Tier tier, size_t threads) {
+  const KernelTable& kernels = *kernels_for(tier);
+  for (const Shape s : {Shape{8, 4, 128}, Shape{64, 1, 64}}) {
+    for (const Kv type : {Kv::F16, Kv::Q8_0, Kv::F32}) {
+      std::printf("%-6s %2zu KV heads x %zu x %3zu, %-4s", tier_name(tier), s.kv_heads, s.heads, s.dim, kv_name(type));
+      // prefill: a tile of every KV head against 4096 keys
+      {
+        constexpr size_t kKeys = 4096;
+        const BenchCache cache(s, type, 1, kKeys);
+        std::vector<std::unique_ptr<BenchRows>> rows;
+        for (size_t i = 0; i < threads; ++i) rows.push_back(std::make_unique<BenchRows>(s, kAttnRows / s.heads));
+        const double time = best_time(threads, [&](size_t i) {
+          for (size_t g = i; g < s.kv_heads; g += threads) {
+            for (size_t j = 0; j < kKeys; j += kAttnChunk) {
+              const size_t at = cache.at(0, g, j);
+              rows[i]->chunk(kernels, s, type, g, cache.k.as<uint8_t>() + at, cache.v.as<uint8_t>() + at, j == 0);
+            }
+          }
+        });
+        const double macs = static_cast<double>(s.kv_heads * rows[0]->rows * kKeys * 2 * s.dim);
+        std::printf("  prefill %6.2f MAC/cycle/core", macs / time / clock_rate() / static_cast<double>(threads));
+      }
+      // decode at 8192 keys: layers until no cache holds them
+      constexpr size_t kKeys = 8192;
+      const size_t layer = s.kv_heads * kKeys * 2 * kv_row_bytes(type, s.dim), layers = (size_t{256} << 20) / layer;
+      const BenchCache cache(s, type, layers, kKeys);
+      for (const size_t tokens : {1, 4}) {
+        std::vector<std::unique_ptr<BenchRows>> rows;
+        for (size_t i = 0; i < threads; ++i) rows.push_back(std::make_unique<BenchRows>(s, tokens));
+        std::atomic<size_t> next{0};
+        const size_t chunks = kKeys / kAttnChunk, tasks = layers * s.kv_heads * chunks;
+        const double time = best_time(threads, [&](size_t i) {
+          for (;;) {
+            const size_t task = next.fetch_add(1);
+            if (task % (tasks + threads) >= tasks) return;  // each thread takes one task too many
+            const size_t n = task % (tasks + threads), group = n / chunks;
+            const size_t at = cache.at(group / s.kv_heads, group % s.kv_heads, n % chunks * kAttnChunk);
+            rows[i]->chunk(kernels, s, type, group % s.kv_heads, cache.k.as<uint8_t>() + at, cache.v.as<uint8_t>() + at,
+                           true);
+          }
+        });
+        std::printf("  %zu token%s %6.2f GB/s", tokens, tokens == 1 ? "" : "s",
+                    static_cast<double>(layers * layer) / time * 1e-9);
+      }
+      std::printf("\n");
+      std::fflush(stdout);
+    }
+  }
+}
+
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "--bench") == 0) {
+    const size_t threads = argc > 2 ? std::max(1ul, std::strtoul(argv[2], nullptr, 10)) : 1;
+    std::printf("clock %.2f GHz, read stream of %zu %.2f GB/s\n", clock_rate() * 1e-9, threads, read_stream(threads));
+    AttnChunkFn last = kernels_for(Tier::kScalar)->attn_chunk[0];
+    for (int i = 1; i < kTiers; ++i) {
+      const KernelTable* tier = kernels_for(static_cast<Tier>(i));
+      if (!tier || tier->attn_chunk[0] == last) continue;  // the kernels of the tier below
+      bench_attention(static_cast<Tier>(i), threads);
+      last = tier->attn_chunk[0];
+    }
+    return 0;
+  }
   const KernelTable& scalar = *kernels_for(Tier::kScalar);
   std::string tiers = tier_name(Tier::kScalar);
   check_exp(scalar, "scalar");
   check_norm_and_silu(scalar);
   check_rope_formula(scalar);
+  check_store_q8_0(scalar);
   check_attention_formula(scalar);
   for (int i = 1; i < kTiers; ++i) {
     const KernelTable* tier = kernels_for(static_cast<Tier>(i));
