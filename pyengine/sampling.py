@@ -3,6 +3,11 @@
 The chain works on *candidates*: token ids in ascending order with their logits in float64. A step either changes logits
 (penalties, dry, temperature) or keeps a subset; the candidates stay in id order, so every tie goes to the lower id.
 
+A vocabulary has 150,000 tokens and a chain keeps a few dozen, so the whole row is looked at natively and once: where the
+first step that removes candidates is top_k, top_p, min_p or greedy choice, a shortlist is made of the raw logits and of
+the few logits that bias and penalties change, and the chain goes on with that. What it gives is what the chain gives on
+all candidates, bit for bit (tests/text/test_sampling.py runs both).
+
 Same seed, same text, on every machine and numpy: all decisions use only IEEE additions, multiplications, divisions and
 square roots in a fixed order (running sums, an exponential of our own), because ``exp``, ``log`` and pairwise sums
 differ in the last bit between CPUs and releases. Reported log-probabilities decide nothing and use the usual functions.
@@ -19,6 +24,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pyengine import _core
 from pyengine.errors import InvalidArgument, NumericError
 
 SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typical_p", "top_p", "min_p", "xtc", "temperature")
@@ -184,6 +190,22 @@ class _Candidates:
         return at, self.ids[at] == tokens
 
 
+class _Change(NamedTuple):
+    """New logits for some tokens: ids, ascending and distinct, and what makes their new logits of the old ones."""
+
+    ids: _Ids
+    apply: Callable[[_Floats], _Floats]
+
+    def to(self, c: _Candidates) -> None:
+        """Applies it to the candidates among the tokens."""
+        at, present = c.find(self.ids)
+        c.logits[at[present]] = self.apply(c.logits[at])[present]
+
+
+_NO_CHANGE = _Change(np.empty(0, dtype=np.int64), lambda logits: logits)
+_SHORTLIST = 256  # candidates that top_p and min_p look at first
+
+
 class Sampler:
     """Applies :class:`SamplerSettings` to logits. Not shared between threads.
 
@@ -197,15 +219,24 @@ class Sampler:
     def __init__(self, settings: SamplerSettings | None = None, tokenizer: BreakerTokens | None = None) -> None:
         self.settings = s = settings or SamplerSettings()
         self.seed: int = secrets.randbits(64) if s.seed is None else s.seed
+        active = [name for name in s.samplers if _active(name, s)]
         self._steps: list[Callable[[_Candidates, Sequence[int], int], None]] = [
-            getattr(self, f"_{name}") for name in s.samplers if _active(name, s)
+            getattr(self, f"_{name}") for name in active
         ]
+        self._n_changing = next((i for i, name in enumerate(active) if name not in _CHANGES), len(active))
+        self._first = "" if self._n_changing == len(active) else active[self._n_changing]  # that removes candidates
+        if s.temperature == 0 and {"temperature"} <= set(active[self._n_changing :]) <= _KEEP_THE_BEST:
+            self._first = "greedy"
+        self._bias = _NO_CHANGE
+        if s.logit_bias:
+            tokens = sorted(s.logit_bias)
+            biases = np.array([s.logit_bias[t] for t in tokens], dtype=np.float64)
+            self._bias = _Change(np.array(tokens, dtype=np.int64), lambda logits: logits + biases)
         self._breakers: Mapping[int, list[tuple[int, ...]]] = {}
         if self._dry in self._steps and s.dry_sequence_breakers:
             if tokenizer is None:
                 raise _bad("dry_sequence_breakers", s.dry_sequence_breakers, "() when the sampler has no tokenizer")
             self._breakers = find_breakers(tokenizer, s.dry_sequence_breakers)
-        self._all_ids: _Ids = np.arange(0, dtype=np.int64)
 
     def sample(
         self, logits: npt.NDArray[np.floating], history: Sequence[int] = (), position: int | None = None
@@ -221,9 +252,12 @@ class Sampler:
         """
         position = len(history) if position is None else position
         ids, weights = self._run(logits, history, position)
-        cumulative = np.cumsum(weights)
-        at = int(np.searchsorted(cumulative, uniform(self.seed, position, 0) * cumulative[-1], side="right"))
-        chosen = int(ids[min(at, len(ids) - 1)])
+        if len(ids) == 1:
+            chosen = int(ids[0])
+        else:
+            cumulative = np.cumsum(weights)
+            at = int(np.searchsorted(cumulative, uniform(self.seed, position, 0) * cumulative[-1], side="right"))
+            chosen = int(ids[min(at, len(ids) - 1)])
         if self.settings.top_logprobs is None:
             return SampleResult(chosen)
         return _with_logprobs(np.asarray(logits), chosen, self.settings.top_logprobs)
@@ -240,55 +274,94 @@ class Sampler:
         raw = np.asarray(logits)
         if raw.ndim != 1 or raw.size == 0:
             raise InvalidArgument(f"logits have shape {raw.shape}; expected [n_vocab]", code="bad_logits")
-        candidates = self._candidates(raw)
-        for step in self._steps:
+        if len(self._bias.ids) and self._bias.ids[-1] >= len(raw):
+            raise InvalidArgument(
+                f"logit_bias names token {self._bias.ids[-1]}; the vocabulary has {len(raw)}", code="bad_token"
+            )
+        candidates, done = self._start(raw, history)
+        for step in self._steps[done:]:
             step(candidates, history, position)
         return candidates.ids, _exp(candidates.logits - candidates.logits.max())
 
-    def _candidates(self, raw: npt.NDArray[np.floating]) -> _Candidates:
+    def _start(self, raw: npt.NDArray[np.floating], history: Sequence[int]) -> tuple[_Candidates, int]:
+        """The first candidates, and how many steps have been done for them."""
+        if self._first not in _SHORTENING or raw.dtype != np.float32:
+            return self._everything(raw), 0
+        row = np.ascontiguousarray(raw)
+        steps = self._steps[: self._n_changing]
+        changes = [self._token_penalties(history) if s == self._penalties else self._dry_penalties(history) for s in steps]
+        row_changes = _Changed(row, [self._bias, *changes])
+        if self._first in ("greedy", "top_k"):
+            shortlist = row_changes.best(1 if self._first == "greedy" else self.settings.top_k)
+            return shortlist, self._n_changing + 1 if self._first == "top_k" else len(self._steps)
+        return self._reach(row_changes), self._n_changing + 1
+
+    def _reach(self, row: _Changed) -> _Candidates:
+        """What top_p or min_p, as the first step that removes candidates, keeps of the row."""
+        s, k, total = self.settings, _SHORTLIST, 0.0
+        while True:
+            c = row.best(k)
+            peak = float(c.logits.max())
+            if self._first == "top_p" and total == 0.0:
+                total = row.softmax_sum(peak)
+            weights = _exp(c.logits - peak)
+            if self._first == "top_p":
+                # The same sums as over all candidates: from the largest on.
+                if len(c.ids) < k or _sum(weights[_largest(c.logits, k)]) >= s.top_p * total:
+                    _keep_mass(c, c.logits, weights, s.top_p * total, strictly=False)
+                    return c
+            elif len(c.ids) < k or weights.min() < s.min_p * 0.999:  # the rest is smaller still
+                c.keep(weights >= s.min_p)
+                return c
+            k *= 8
+
+    def _everything(self, raw: npt.NDArray[np.floating]) -> _Candidates:
+        """All tokens but the forbidden ones."""
         values = raw.astype(np.float64)
         if not values.max() < math.inf:  # catches NaN too
             raise NumericError("the logits contain NaN or infinity: the weights are damaged", code="bad_logits")
-        for token, bias in self.settings.logit_bias.items():
-            if token >= len(values):
-                raise InvalidArgument(
-                    f"logit_bias names token {token}; the vocabulary has {len(values)}", code="bad_token"
-                )
-            values[token] += bias
-        if len(self._all_ids) != len(values):
-            self._all_ids = np.arange(len(values), dtype=np.int64)
-        candidates = _Candidates(self._all_ids, values)
+        candidates = _Candidates(np.arange(len(values), dtype=np.int64), values)
+        self._bias.to(candidates)
         if values.min() == -math.inf:
             candidates.keep(values > -math.inf)
             if not len(candidates.ids):
-                raise NumericError("every token is forbidden: no logit is above -inf", code="no_candidates")
+                raise _no_candidates()
         return candidates
 
     # ---- the steps, in the default order; each is called only when its settings make it active ----
 
     def _penalties(self, c: _Candidates, history: Sequence[int], position: int) -> None:
+        self._token_penalties(history).to(c)
+
+    def _token_penalties(self, history: Sequence[int]) -> _Change:
         s = self.settings
         tokens, counts = np.unique(_window(history, s.repeat_last_n), return_counts=True)
-        at, present = c.find(tokens)
-        at, counts = at[present], counts[present]
-        seen = c.logits[at]
-        seen = np.where(seen <= 0, seen * s.repeat_penalty, seen / s.repeat_penalty)
-        c.logits[at] = seen - counts * s.frequency_penalty - s.presence_penalty
+
+        def apply(seen: _Floats) -> _Floats:
+            seen = np.where(seen <= 0, seen * s.repeat_penalty, seen / s.repeat_penalty)
+            return seen - counts * s.frequency_penalty - s.presence_penalty
+
+        return _Change(tokens, apply)
 
     def _dry(self, c: _Candidates, history: Sequence[int], position: int) -> None:
+        self._dry_penalties(history).to(c)
+
+    def _dry_penalties(self, history: Sequence[int]) -> _Change:
         s = self.settings
         window = _window(history, s.dry_penalty_last_n)
         if len(window) <= s.dry_allowed_length:
-            return
+            return _NO_CHANGE
         limit = _unbroken_length(window, self._breakers)
         if limit < s.dry_allowed_length:
-            return
+            return _NO_CHANGE
         # Beyond base^e = 2^128 the penalty does not grow: the peers' float32 limit, and ours on the search.
         most = int(math.log(2) * 128 / math.log(s.dry_base)) if s.dry_base > 1.000001 else 0
-        for token, length in _repeats(window, s.dry_allowed_length, min(limit, s.dry_allowed_length + most)).items():
-            at, present = c.find(np.array([token], dtype=np.int64))
-            if present[0]:
-                c.logits[at[0]] -= s.dry_multiplier * _power(s.dry_base, length - s.dry_allowed_length)
+        repeats = sorted(_repeats(window, s.dry_allowed_length, min(limit, s.dry_allowed_length + most)).items())
+        penalties = np.array(
+            [s.dry_multiplier * _power(s.dry_base, length - s.dry_allowed_length) for _, length in repeats],
+            dtype=np.float64,
+        )
+        return _Change(np.array([token for token, _ in repeats], dtype=np.int64), lambda logits: logits - penalties)
 
     def _top_n_sigma(self, c: _Candidates, history: Sequence[int], position: int) -> None:
         mean = _sum(c.logits) / len(c.logits)
@@ -332,6 +405,53 @@ class Sampler:
             c.keep(np.array([np.argmax(c.logits)], dtype=np.int64))  # the first of equals: the lowest id
         else:
             c.logits = c.logits / max(self.settings.temperature, 1e-100)  # the bound keeps every quotient finite
+
+
+_CHANGES = ("penalties", "dry")  # the steps that change a few logits and remove nothing
+_KEEP_THE_BEST = {"top_n_sigma", "top_k", "top_p", "min_p", "temperature"}  # the best candidate survives these
+_SHORTENING = ("greedy", "top_k", "top_p", "min_p")
+
+
+class _Changed:
+    """A whole row of logits, float32 [n_vocab], with a few of them changed."""
+
+    def __init__(self, row: npt.NDArray[np.float32], changes: Sequence[_Change]) -> None:
+        self.row = row
+        ids = np.unique(np.concatenate([change.ids for change in changes]))
+        self.ids = ids = ids[(ids >= 0) & (ids < len(row))]  # the history may name tokens that the row lacks
+        self.changed = c = _Candidates(ids, row[ids].astype(np.float64))  # less the forbidden ones
+        for i, change in enumerate(changes):
+            if len(c.ids):
+                change.to(c)
+            if i == 0:  # the bias
+                c.keep(c.logits > -math.inf)
+
+    def best(self, k: int) -> _Candidates:
+        """The k largest of the changed row (fewer only where there are no more), ids ascending, ties to lower ids."""
+        c = _Candidates(*_core.top_k(self.row, k + len(self.ids)))  # at most len(ids) of them give way to changed ones
+        if len(self.ids):
+            c.keep(~np.isin(c.ids, self.ids, assume_unique=True))
+            ids = np.concatenate([c.ids, self.changed.ids])
+            order = np.argsort(ids)
+            c = _Candidates(ids[order], np.concatenate([c.logits, self.changed.logits])[order])
+        if len(c.ids) and c.logits.min() == -math.inf:
+            c.keep(c.logits > -math.inf)
+        if not len(c.ids):
+            raise _no_candidates()
+        if k < len(c.ids):
+            c.keep(np.sort(_largest(c.logits, k)))
+        return c
+
+    def softmax_sum(self, peak: float) -> float:
+        """The sum of e^(logit - peak) over the changed row, in the order of the ids."""
+        values = np.full(len(self.ids), -math.inf)  # the forbidden ones count nothing
+        if len(self.ids):
+            values[np.searchsorted(self.ids, self.changed.ids)] = self.changed.logits
+        return _core.softmax_sum(self.row, peak, self.ids.astype(np.int32), values)
+
+
+def _no_candidates() -> NumericError:
+    return NumericError("every token is forbidden: no logit is above -inf", code="no_candidates")
 
 
 def _active(name: str, s: SamplerSettings) -> bool:
@@ -462,24 +582,10 @@ def _repeats(window: _Ids, least: int, limit: int) -> dict[int, int]:
 
 # ---- arithmetic that gives the same bits everywhere ----
 
-_LN2_HI, _LN2_LO = 6.93147180369123816490e-01, 1.90821492927058770002e-10  # ln 2 in two parts: k * HI is exact
-_EXP_COEFFICIENTS = tuple(1.0 / math.factorial(n) for n in range(13, -1, -1))
-
 
 def _exp(x: _Floats) -> _Floats:
-    """e^x for x <= 0, float64 [n], error < 2 units in the last place; below -700 the value at -700.
-
-    x = k ln 2 + r, |r| <= 0.35, Taylor to r^13 (truncation 5e-18), scaled by 2^k.
-    """
-    x = np.maximum(x, -700.0)
-    k = np.rint(x * 1.4426950408889634)
-    r = x - k * _LN2_HI
-    r -= k * _LN2_LO
-    y = np.full_like(r, _EXP_COEFFICIENTS[0])
-    for coefficient in _EXP_COEFFICIENTS[1:]:
-        y *= r
-        y += coefficient
-    return np.ldexp(y, k.astype(np.int32))
+    """e^x for x <= 0, float64 [n], error < 2 units in the last place; below -700 the value at -700."""
+    return _core.exp(np.ascontiguousarray(x))
 
 
 def _sum(x: _Floats) -> float:

@@ -291,3 +291,7 @@ void pe_session_cancel(pe_session* session) {
 void pe_session_clear_cancel(pe_session* session) {
   if (session) session->session.clear_cancel();
 }
+
+pe_status pe_session_check_cancel(pe_session* session) {
+  return guarded([&] { not_null(session, "session").session.check_cancel(); });
+}

@@ -115,6 +115,23 @@ pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, siz
 pe_status pe_linear(const char* tier, int32_t type, const void* w, size_t w_size, size_t rows, size_t cols,
                     const float* x, size_t n_tokens, float* y);
 
+/* ---------------------------------------------------------------- choosing tokens */
+
+/* What a sampler needs of a whole row of logits; the rest of it works on a few candidates. Same bits everywhere. */
+
+/* The k largest of n logits, fewer when n < k: `ids` and `values` [k] receive them by ascending id, `found` how many.
+ * Ties go to the lower id. k = 1 is greedy decoding. PE_E_NUMERIC when a logit is NaN or +infinity. */
+pe_status pe_top_k(const float* logits, size_t n, size_t k, int32_t* ids, float* values, size_t* found);
+
+/* y[i] = e^x[i] for x <= 0, less than 2 units in the last place off; below -700 the value at -700. `y` may be `x`. */
+pe_status pe_exp(const double* x, size_t n, double* y);
+
+/* The sum of e^(logit - peak), added from the first logit to the last; -infinity counts nothing. `ids` (ascending,
+ * [n_replaced]) name logits to be replaced by `values` before; both may be NULL when n_replaced is 0.
+ * PE_E_ARGUMENT when the ids are not ascending or reach n. */
+pe_status pe_softmax_sum(const float* logits, size_t n, double peak, const int32_t* ids, const double* values,
+                         size_t n_replaced, double* sum);
+
 /* ---------------------------------------------------------------- GGUF files */
 
 typedef struct pe_file pe_file;
@@ -284,6 +301,9 @@ pe_status pe_session_reuse(pe_session* session, const int32_t* tokens, size_t n,
  * consumes the request; pe_session_clear_cancel takes back one that no eval has met. NULL is ignored. */
 void pe_session_cancel(pe_session* session);
 void pe_session_clear_cancel(pe_session* session);
+/* PE_E_CANCELLED, consuming the request, when a cancel is waiting for the next eval: for programs that work between
+ * evals (a sampler, tokens already verified) and want to stop as promptly. */
+pe_status pe_session_check_cancel(pe_session* session);
 
 #ifdef __cplusplus
 }

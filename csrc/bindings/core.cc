@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -19,6 +20,7 @@ namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using IdArray = py::array_t<int32_t, py::array::c_style>;
+using Row = py::array_t<float, py::array::c_style>;  // noconvert: a caller's buffer, never a copy of it
 
 // Raises the exception for this thread's last error. Needs the GIL.
 [[noreturn]] void raise_last() {
@@ -32,11 +34,14 @@ void check(pe_status status) {
   if (status != PE_OK) raise_last();
 }
 
-[[noreturn]] void raise_closed(const char* what) {
+[[noreturn]] void raise_argument(const char* code, const std::string& message) {
   py::module_::import("pyengine.errors")
-      .attr("raise_error")(static_cast<int>(PE_E_ARGUMENT), "closed", UINT64_MAX, "",
-                           std::string("this ") + what + " is closed");
+      .attr("raise_error")(static_cast<int>(PE_E_ARGUMENT), code, UINT64_MAX, "", message);
   throw std::runtime_error("raise_error returned");
+}
+
+[[noreturn]] void raise_closed(const char* what) {
+  raise_argument("closed", std::string("this ") + what + " is closed");
 }
 
 template <typename T, void (*Free)(T*)>
@@ -283,11 +288,14 @@ class Session {
     py::gil_scoped_release unlocked;
     last.reset();
   }
-  py::array_t<float> eval(const IdArray& tokens, int want) {
+  // Into `given` [>= rows][n_vocab], or a new array [rows][n_vocab].
+  py::array_t<float> eval(const IdArray& tokens, int want, std::optional<Row> given) {
     const std::shared_ptr<SessionHandle> keep = handle();
     const auto n = static_cast<size_t>(tokens.size());
     const size_t rows = want == PE_LOGITS_NONE ? 0 : want == PE_LOGITS_ALL ? n : 1;
-    py::array_t<float> out({static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(n_vocab_)});
+    Row out = given ? *given : Row({static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(n_vocab_)});
+    if (out.ndim() != 2 || static_cast<size_t>(out.shape(0)) < rows || static_cast<size_t>(out.shape(1)) != n_vocab_)
+      raise_shape(out, rows);
     // A private copy: another Python thread could resize or write the caller's array while the GIL is released.
     const std::vector<int32_t> ids(tokens.data(), tokens.data() + n);
     float* logits = rows ? out.mutable_data() : nullptr;
@@ -299,6 +307,7 @@ class Session {
     check(status);
     return out;
   }
+  void check_cancel() { check(pe_session_check_cancel(handle()->raw)); }
   size_t length() const { return pe_session_length(handle()->raw); }
   uint32_t context() const { return pe_session_context(handle()->raw); }
   uint32_t threads() const { return pe_session_threads(handle()->raw); }
@@ -323,6 +332,11 @@ class Session {
     if (!handle_) raise_closed("session");
     return handle_;
   }
+  [[noreturn]] void raise_shape(const Row& out, size_t rows) const {
+    raise_argument("bad_buffer", "the buffer for logits has shape " + py::str(out.attr("shape")).cast<std::string>() +
+                                     "; expected at least " + std::to_string(rows) + " rows of " +
+                                     std::to_string(n_vocab_));
+  }
   std::shared_ptr<ModelHandle> model_;
   std::shared_ptr<SessionHandle> handle_;
   size_t n_vocab_ = 0;
@@ -335,6 +349,50 @@ py::tuple session_bytes(const Model& model, uint32_t n_ctx, uint32_t threads, ui
   uint64_t scratch = 0;
   check(pe_session_bytes(model.handle()->raw, &o, &kv_bytes, &scratch));
   return py::make_tuple(kv_bytes, scratch);
+}
+
+// ---- choosing tokens ----
+
+using Doubles = py::array_t<double, py::array::c_style>;
+using Longs = py::array_t<int64_t, py::array::c_style>;
+
+// The k largest logits as (ids int64, logits float64), ids ascending.
+py::tuple top_k(const Row& logits, size_t k) {
+  const auto n = static_cast<size_t>(logits.size());
+  const size_t room = std::min(k, n);
+  std::vector<int32_t> ids(room);
+  std::vector<float> values(room);
+  size_t found = 0;
+  pe_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = pe_top_k(logits.data(), n, room, ids.data(), values.data(), &found);
+  }
+  check(status);
+  Longs out_ids(static_cast<py::ssize_t>(found));
+  Doubles out_values(static_cast<py::ssize_t>(found));
+  std::copy_n(ids.begin(), found, out_ids.mutable_data());
+  std::copy_n(values.begin(), found, out_values.mutable_data());
+  return py::make_tuple(out_ids, out_values);
+}
+
+Doubles exp_nonpositive(const Doubles& x) {
+  Doubles y(x.size());
+  check(pe_exp(x.data(), static_cast<size_t>(x.size()), y.mutable_data()));
+  return y;
+}
+
+double softmax_sum(const Row& logits, double peak, const IdArray& ids, const Doubles& values) {
+  if (ids.size() != values.size()) throw py::value_error("one value for each id");
+  double sum = 0.0;
+  pe_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = pe_softmax_sum(logits.data(), static_cast<size_t>(logits.size()), peak, ids.data(), values.data(),
+                            static_cast<size_t>(ids.size()), &sum);
+  }
+  check(status);
+  return sum;
 }
 
 // ---- tensor formats ----
@@ -414,6 +472,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("quantise", &quantise, py::arg("type"), py::arg("src"), py::arg("row_bytes"), py::arg("threads"));
   m.def("linear", &linear, py::arg("tier"), py::arg("type"), py::arg("w"), py::arg("rows"), py::arg("cols"),
         py::arg("x"));
+  m.def("top_k", &top_k, py::arg("logits").noconvert(), py::arg("k"));
+  m.def("exp", &exp_nonpositive, py::arg("x").noconvert());
+  m.def("softmax_sum", &softmax_sum, py::arg("logits").noconvert(), py::arg("peak"), py::arg("ids").noconvert(),
+        py::arg("values").noconvert());
   m.def("session_bytes", &session_bytes, py::arg("model"), py::arg("n_ctx"), py::arg("threads"),
         py::arg("threads_prefill"), py::arg("kv_type"), py::arg("chunk"));
 
@@ -437,7 +499,8 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<const Model&, uint32_t, uint32_t, uint32_t, int, uint32_t>(), py::arg("model"), py::arg("n_ctx"),
            py::arg("threads"), py::arg("threads_prefill"), py::arg("kv_type"), py::arg("chunk"))
       .def("close", &Session::close)
-      .def("eval", &Session::eval, py::arg("tokens"), py::arg("want"))
+      .def("eval", &Session::eval, py::arg("tokens"), py::arg("want"), py::arg("out").noconvert() = py::none())
+      .def("check_cancel", &Session::check_cancel)
       .def("length", &Session::length)
       .def("context", &Session::context)
       .def("threads", &Session::threads)

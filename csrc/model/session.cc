@@ -36,6 +36,8 @@ SessionOptions resolve(const ModelConfig& config, SessionOptions o) {
   return o;
 }
 
+[[noreturn]] void throw_cancelled() { throw Error(Status::kCancelled, "cancelled", "the evaluation was cancelled"); }
+
 size_t pool_size(const SessionOptions& o) { return std::max(o.n_threads, o.n_threads_prefill); }
 
 KvCache::Shape kv_shape(const ModelConfig& c, const SessionOptions& o) {
@@ -138,9 +140,13 @@ void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, floa
             [&](Team& team) { forward(team, batch); });
   if (batch.spoilt.load()) {
     cancel_.store(false);
-    throw Error(Status::kCancelled, "cancelled", "the evaluation was cancelled");
+    throw_cancelled();
   }
   tokens_.insert(tokens_.end(), tokens, tokens + n);
+}
+
+void Session::check_cancel() {
+  if (cancel_.exchange(false)) throw_cancelled();
 }
 
 void Session::truncate(size_t n) {

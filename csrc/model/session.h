@@ -46,6 +46,7 @@ class Session {
   size_t reuse(const int32_t* tokens, size_t n);
   void cancel() { cancel_.store(true); }
   void clear_cancel() { cancel_.store(false); }
+  void check_cancel();  // throws Error kCancelled, as the next eval would
 
   const Model& model() const { return *model_; }
   const std::vector<int32_t>& tokens() const { return tokens_; }

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from pyengine import _core
 from pyengine.errors import InvalidArgument, NumericError
 from pyengine.sampling import SAMPLERS, Sampler, SamplerSettings, find_breakers, philox4x64, uniform
 
@@ -454,3 +455,115 @@ def test_a_bias_outside_the_vocabulary_is_an_error() -> None:
 def test_dry_without_a_tokenizer_says_what_is_missing() -> None:
     with pytest.raises(InvalidArgument, match="tokenizer"):
         Sampler(SamplerSettings(dry_multiplier=1.0))
+
+
+# ---- the native shortlist ----
+
+
+def plain_exp(x: np.ndarray) -> np.ndarray:
+    """The engine's exponential as numpy operations: k ln 2 + r, Taylor to r^13, scaled by 2^k."""
+    x = np.maximum(x, -700.0)
+    k = np.rint(x * 1.4426950408889634)
+    r = x - k * 6.93147180369123816490e-01
+    r = r - k * 1.90821492927058770002e-10
+    y = np.full_like(r, 1.0 / math.factorial(13))
+    for n in range(12, -1, -1):
+        y = y * r + 1.0 / math.factorial(n)
+    return np.ldexp(y, k.astype(np.int32))
+
+
+class Plain(Sampler):
+    """The chain on all candidates, from the first step on."""
+
+    def _start(self, raw: np.ndarray, history: Sequence[int]) -> tuple[object, int]:  # type: ignore[override]
+        return self._everything(raw), 0
+
+
+def rows_of_all_kinds(rng: np.random.Generator, n: int) -> list[np.ndarray]:
+    rows = [rng.standard_normal(n) * scale for scale in (0.01, 1.0, 4.0, 30.0)]
+    rows.append(rng.integers(-3, 3, n).astype(np.float64))  # ties everywhere
+    rows.append(np.where(rng.random(n) < 0.5, 0.0, -0.0))  # equal, though not in their bits
+    rows.append(np.where(rng.random(n) < 0.9, -np.inf, rng.standard_normal(n)))
+    rows[-1][n // 2] = 0.5
+    rows.append(np.sort(rng.standard_normal(n)))  # the best ones in one group
+    return [row.astype(np.float32) for row in rows]
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 1000, 40000])
+def test_the_shortlist_changes_no_bit_of_what_is_drawn_from(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(n)
+    chains = [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.0, "top_n_sigma": 1.0, "top_k": 0},
+        {"temperature": 0.6, "min_p": 0.0},
+        {"temperature": 0.6, "min_p": 0.0, "top_k": 0},
+        {"top_k": 0, "top_p": 0.9999, "min_p": 0.0, "temperature": 2.0},
+        {"top_k": 0, "top_p": 1.0, "min_p": 0.002},
+        {"top_k": 0, "top_p": 0.0},
+        {"top_k": 700, "xtc_probability": 0.5},
+        {"top_k": 0, "typical_p": 0.9},
+        {"samplers": ("temperature", "top_p", "top_k")},
+        {"samplers": ("top_p", "penalties", "temperature"), "repeat_penalty": 1.5},
+        {"samplers": ("top_k", "penalties", "temperature"), "repeat_penalty": 1.5, "temperature": 0.0, "top_k": 3},
+    ]
+    changes = [
+        {},
+        {"repeat_penalty": 1.4, "repeat_last_n": -1},
+        {"presence_penalty": -2.0, "frequency_penalty": 0.4},
+        {"dry_multiplier": 1.5, "dry_sequence_breakers": ()},
+        {"logit_bias": {0: -math.inf, n - 1: 3.0, n // 2: 6.0}, "repeat_penalty": 0.5},
+    ]
+    history = rng.integers(0, min(n + 5, 40), 200).tolist()  # some ids that short rows lack
+    for row in rows_of_all_kinds(rng, n):
+        best = int(np.argmax(row))
+        for chain in chains:
+            for change in changes:
+                settings = SamplerSettings(seed=int(rng.integers(2**40)), **{**chain, **change})
+                if settings.logit_bias and np.isneginf(row[1:]).all() and n < 3:
+                    continue
+                past = [*history, best, best, best, best]
+                try:
+                    ids, p = Sampler(settings).distribution(row, past)
+                except NumericError:
+                    with pytest.raises(NumericError):
+                        Plain(settings).distribution(row, past)
+                    continue
+                with monkeypatch.context() as patch:
+                    patch.setattr("pyengine.sampling._exp", plain_exp)
+                    plain_ids, plain_p = Plain(settings).distribution(row, past)
+                    drawn = Plain(settings).sample(row, past)
+                assert ids.tolist() == plain_ids.tolist(), settings
+                assert p.tobytes() == plain_p.tobytes(), settings
+                assert Sampler(settings).sample(row, past) == drawn
+
+
+def test_the_native_exponential_is_the_numpy_one_to_the_last_bit_and_right() -> None:
+    rng = np.random.default_rng(0)
+    x = np.concatenate([-rng.exponential(scale, 5000) for scale in (1e-9, 0.1, 1.0, 30.0, 500.0)])
+    x = np.concatenate([x, [0.0, -0.0, -700.0, -1e300, -np.inf, -0.5 * math.log(2), -math.log(2)]])
+    ours = _core.exp(x)
+    assert ours.tobytes() == plain_exp(x).tobytes()
+    right = np.array([math.exp(v) for v in np.maximum(x, -700.0)])
+    assert (np.abs(ours - right) <= 2 * np.spacing(right)).all()
+
+
+@pytest.mark.parametrize("n", [1, 64, 100, 5000])
+def test_the_k_largest_are_those_of_a_full_sort(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for row in rows_of_all_kinds(rng, n):
+        order = sorted(range(n), key=lambda i: (-float(row[i]), i))
+        for k in {0, 1, 2, 40, n // 2, n - 1, n, n + 1}:
+            ids, values = _core.top_k(row, k)
+            assert ids.tolist() == sorted(order[:k])
+            assert values.tolist() == row[ids].astype(np.float64).tolist()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 0}, {"top_k": 0, "min_p": 0.0, "top_p": 1.0}])
+def test_damaged_logits_are_found_wherever_they_are(bad: float, settings: dict[str, float]) -> None:
+    for at in (0, 63, 64, 98, 99):
+        logits = np.zeros(100, dtype=np.float32)
+        logits[at] = bad
+        with pytest.raises(NumericError):
+            Sampler(SamplerSettings(**settings)).sample(logits)  # type: ignore[arg-type]
