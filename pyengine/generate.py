@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from pyengine.errors import Cancelled, ContextFull, InvalidArgument
 from pyengine.reasoning import ReasoningSplitter, overlap, reasoning_profile
 from pyengine.sampling import Sampler, SampleResult, SamplerSettings
+from pyengine.speculate import Drafter, Lookahead, LookaheadSession, ModelDrafter, NgramDrafter
 
 if TYPE_CHECKING:
     from pyengine.chat import ChatTemplate
@@ -65,6 +67,8 @@ class Stats:
         prompt_tokens: length of the prompt; ``reused_tokens`` of them were already in the session.
         generated_tokens: tokens after the prompt, the ending one included; ``reasoning_tokens`` of them are reasoning.
         decode_steps: evaluations after the prompt (the first token needs none).
+        drafted_tokens: guessed by speculation; ``accepted_tokens`` of them were right, and needed no evaluation of
+            their own.
         prefill_seconds, decode_seconds: time in the model and the sampler, without the consumer's.
         seed: draws this text again.
         context_used, context_size: positions filled at the end, and available.
@@ -80,6 +84,8 @@ class Stats:
     seed: int
     context_used: int
     context_size: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -89,7 +95,7 @@ class Stats:
     @property
     def decode_rate(self) -> float:
         """Tokens per second after the prompt; 0 when nothing was measured."""
-        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
+        return (self.decode_steps + self.accepted_tokens) / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -153,16 +159,12 @@ class GenerationTokenizer(Protocol):
     def stream(self) -> TokenStream: ...
 
 
-class GenerationSession(Protocol):
+class GenerationSession(LookaheadSession, Protocol):
     """The part of :class:`pyengine.model.Session` used here."""
 
-    n_ctx: int
-
-    def eval(self, tokens: Sequence[int], /) -> npt.NDArray[np.float32]: ...
     def prefill(self, tokens: Sequence[int], /) -> None: ...
     def reuse(self, tokens: Sequence[int], /) -> int: ...
     def clear_cancel(self) -> None: ...
-    def __len__(self) -> int: ...
 
 
 # ---- stop strings ----
@@ -202,6 +204,8 @@ class StopMatcher:
 
 # ---- generation ----
 
+Speculate = Literal["ngram", "off"] | Drafter
+
 
 def generate(
     session: GenerationSession,
@@ -215,6 +219,7 @@ def generate(
     starts_in_reasoning: bool = False,
     think_budget: int | None = None,
     on_prefill: Callable[[int, int], object] | None = None,
+    speculate: Speculate = "ngram",
 ) -> Iterator[Event]:
     """Continues a prompt; yields :class:`Reasoning` and :class:`Text` pieces and, last, one :class:`End`.
 
@@ -232,6 +237,9 @@ def generate(
         starts_in_reasoning: the prompt ends inside a reasoning section (``<think>`` opened by the template).
         think_budget: after so many tokens of reasoning, close it and let the model answer; ``None``: no limit.
         on_prefill: called with (tokens done, tokens to do) while the prompt is evaluated.
+        speculate: how to guess tokens that are then checked several at a time: ``"ngram"`` by what followed the same
+            tokens before, where that is quicker; ``"off"``; or a :class:`pyengine.speculate.ModelDrafter`. No effect
+            on the text.
 
     Errors: ``InvalidArgument``; ``ContextFull`` when the prompt alone does not fit; from within the iteration also
     whatever ``session.eval`` raises.
@@ -255,8 +263,24 @@ def generate(
             f"the prompt has {len(ids)} tokens, the context holds {session.n_ctx}: shorten it or open a larger context",
             code="context_full",
         )
-    run = _Run(session, tokenizer, ids, Sampler(settings, tokenizer), max_tokens, think_budget, on_prefill)
+    sampler = Sampler(settings, tokenizer)
+    drafter = _drafter(speculate, sampler)
+    run = _Run(session, tokenizer, ids, sampler, max_tokens, think_budget, on_prefill, drafter)
     return run.events(_Output(tokenizer, stop, reasoning, starts_in_reasoning))
+
+
+def _drafter(speculate: Speculate, sampler: Sampler) -> Drafter | None:
+    if speculate == "off":
+        return None
+    if speculate == "ngram":
+        return NgramDrafter()
+    if isinstance(speculate, str) or not hasattr(speculate, "propose"):
+        raise InvalidArgument(
+            f'speculate is {speculate!r}; expected "ngram", "off" or a drafter', code="bad_option", field="speculate"
+        )
+    if isinstance(speculate, ModelDrafter):
+        speculate.start(sampler)
+    return speculate
 
 
 class _Output:
@@ -329,16 +353,18 @@ class _Run:
         max_tokens: int | None,
         think_budget: int | None,
         on_prefill: Callable[[int, int], object] | None,
+        drafter: Drafter | None,
     ) -> None:
         self.session = session
+        self.lookahead = Lookahead(session, drafter)
         self.tokenizer = tokenizer
         self.sampler = sampler
         self.n_prompt = len(prompt)
-        self.history = prompt  # prompt and generated ids
+        self.history = array("q", prompt)  # prompt and generated ids
         self.max_tokens = max_tokens
         self.think_budget = think_budget
         self.on_prefill = on_prefill
-        self.n_reused = self.n_reasoning = self.n_steps = 0
+        self.n_reused = self.n_reasoning = 0
         self.prefill_seconds = self.decode_seconds = 0.0
 
     def events(self, out: _Output) -> Iterator[Event]:
@@ -348,6 +374,7 @@ class _Run:
         except Cancelled:
             pass
         finally:
+            self.lookahead.close()
             self.session.clear_cancel()  # a cancel() that came too late must not stop the next generation
         if out.stopped_by is None:
             yield from out.finish()
@@ -357,7 +384,7 @@ class _Run:
 
     def _loop(self, out: _Output) -> Generator[Event, None, EndReason]:
         self.n_reused = self.session.reuse(self.history)
-        pending = self.history[self.n_reused :]  # taken, not yet evaluated
+        pending = self.history[self.n_reused :].tolist()  # taken, not yet evaluated
         while True:
             if self.think_budget is not None and out.in_reasoning and self.n_reasoning >= self.think_budget:
                 for token in self.tokenizer.encode(THINK_CLOSE, add_special=False, parse_special=True):
@@ -365,7 +392,7 @@ class _Run:
                     yield from self._take(SampleResult(token), out)
                     if self._is_long_enough():
                         return "length"
-            if len(self.session) + len(pending) > self.session.n_ctx:
+            if len(self.lookahead) + len(pending) > self.session.n_ctx:
                 return "context"
             result = self._next(pending)
             if result.id in self.tokenizer.eog_ids:
@@ -379,8 +406,12 @@ class _Run:
                 return "length"
             pending = [result.id]
 
+    def _room(self) -> int | None:
+        """Tokens that ``max_tokens`` still allows."""
+        return None if self.max_tokens is None else self.max_tokens - (len(self.history) - self.n_prompt)
+
     def _is_long_enough(self) -> bool:
-        return self.max_tokens is not None and len(self.history) - self.n_prompt >= self.max_tokens
+        return self._room() == 0
 
     def _take(self, token: SampleResult, out: _Output) -> Iterator[Event]:
         self.history.append(token.id)
@@ -393,14 +424,13 @@ class _Run:
         first = self.prefill_seconds == 0
         if first and self.on_prefill is not None:
             pending = self._prefill(pending, self.on_prefill)
-        logits = self.session.eval(pending)
+        logits = self.lookahead.after(pending, self.history, self._room())
         # Rows beyond the vocabulary are padding of the embedding: they stand for no text.
         result = self.sampler.sample(logits[: self.tokenizer.n_vocab], self.history)
         if first:
             self.prefill_seconds = time.perf_counter() - start
         else:
             self.decode_seconds += time.perf_counter() - start
-            self.n_steps += 1
         return result
 
     def _prefill(self, pending: list[int], report: Callable[[int, int], object]) -> list[int]:
@@ -419,12 +449,14 @@ class _Run:
             reused_tokens=self.n_reused,
             generated_tokens=len(self.history) - self.n_prompt,
             reasoning_tokens=self.n_reasoning,
-            decode_steps=self.n_steps,
+            decode_steps=self.lookahead.n_evals,
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             seed=self.sampler.seed,
             context_used=len(self.session),
             context_size=self.session.n_ctx,
+            drafted_tokens=self.lookahead.n_drafted,
+            accepted_tokens=self.lookahead.n_accepted,
         )
 
 
@@ -445,7 +477,7 @@ class Chat:
         settings: how to choose tokens; by default what the model recommends.
         template: by default the model's; also Jinja source, or a name (see ``ChatTemplate.from_metadata``).
         session: by default a new one, closed by :meth:`close`.
-        max_tokens, stop, think_budget, on_prefill: see :func:`generate`; for every answer.
+        max_tokens, stop, think_budget, on_prefill, speculate: see :func:`generate`; for every answer.
 
     Errors: ``UnsupportedError`` when the model has no usable template.
     """
@@ -462,6 +494,7 @@ class Chat:
         stop: Sequence[str] = (),
         think_budget: int | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        speculate: Speculate = "ngram",
     ) -> None:
         from pyengine.chat import ChatTemplate  # here, because its imports cost programs without chats 0.1 s
 
@@ -477,6 +510,7 @@ class Chat:
         self.stop = stop
         self.think_budget = think_budget
         self.on_prefill = on_prefill
+        self.speculate = speculate
         self._system: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = list(self._system)
         self._owns_session = session is None
@@ -504,6 +538,7 @@ class Chat:
             starts_in_reasoning=prompt.starts_in_reasoning,
             think_budget=self.think_budget,
             on_prefill=self.on_prefill,
+            speculate=self.speculate,
         )
         return self._turn(user, events)
 

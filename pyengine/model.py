@@ -122,18 +122,27 @@ class Session:
         self.threads = self._core.threads()
 
     def eval(
-        self, tokens: Sequence[int] | npt.NDArray[np.integer], all_logits: bool = False
+        self,
+        tokens: Sequence[int] | npt.NDArray[np.integer],
+        all_logits: bool = False,
+        out: npt.NDArray[np.float32] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Evaluates tokens after those already held.
 
+        Args:
+            tokens: ids.
+            all_logits: every token's logits rather than the last one's.
+            out: C-contiguous float32 [rows or more, n_vocab] to write to, so that no array is made for every token.
+
         Returns:
             The last token's logits, float32 [n_vocab]; with ``all_logits`` one row per token, [len(tokens), n_vocab].
+            A view of ``out`` where it is given.
 
         Errors: ``InvalidArgument`` (no tokens, an id out of range), ``ContextFull`` (nothing evaluated), ``Cancelled``,
         ``NumericError``. After a failure ``len(session)`` says how many tokens it holds.
         """
-        rows = self._core.eval(_ids(tokens), _ALL if all_logits else _LAST)
-        return rows if all_logits else rows[0]
+        rows = self._core.eval(_ids(tokens), _ALL if all_logits else _LAST, out)
+        return rows[: len(tokens)] if all_logits else rows[0]
 
     def prefill(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """As :meth:`eval`, without computing logits."""
@@ -160,6 +169,10 @@ class Session:
     def cancel(self) -> None:
         """From any thread: the running (or, when none runs, the next) eval raises ``Cancelled`` within 250 ms."""
         self._core.cancel()
+
+    def check_cancel(self) -> None:
+        """Raises ``Cancelled``, as the next eval would, when a :meth:`cancel` is waiting for it."""
+        self._core.check_cancel()
 
     def clear_cancel(self) -> None:
         """Takes back a :meth:`cancel` that no eval has met."""

@@ -522,7 +522,7 @@ def _keep_mass(c: _Candidates, keys: _Floats, weights: _Floats, mass: float, *, 
 
 def _window(history: Sequence[int], last_n: int) -> _Ids:
     """The last n tokens (-1: all), int64 [<= n]."""
-    return np.asarray(history if last_n < 0 else history[max(0, len(history) - last_n) :], dtype=np.int64)
+    return np.asarray(history[max(0, len(history) - last_n) if last_n >= 0 else 0 :], dtype=np.int64)
 
 
 # ---- DRY: "don't repeat yourself" ----

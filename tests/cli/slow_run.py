@@ -17,11 +17,11 @@ _eval, _cancel = Session.eval, Session.cancel
 _cancelled = threading.Event()
 
 
-def slow_eval(self: Session, tokens: Any, all_logits: bool = False) -> Any:
+def slow_eval(self: Session, tokens: Any, all_logits: bool = False, out: Any = None) -> Any:
     stuck = len(tokens) > int(os.environ.get("STUCK_ABOVE", "1000"))
     _cancelled.wait(60.0 if stuck else float(os.environ.get("SLOW", "0.04")))
     _cancelled.clear()
-    return _eval(self, tokens, all_logits)
+    return _eval(self, tokens, all_logits, out)
 
 
 def slow_cancel(self: Session) -> None:

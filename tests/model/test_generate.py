@@ -89,13 +89,25 @@ class Scripted:
         self.tokens += tokens
         self.evaluated += len(tokens)
 
-    def eval(self, tokens: Sequence[int]) -> np.ndarray:
+    def eval(self, tokens: Sequence[int], all_logits: bool = False, out: np.ndarray | None = None) -> np.ndarray:
         self.prefill(tokens)
         self.after()
-        logits = np.zeros(264, dtype=np.float32)
-        logits[self.script(self.tokens)] = 9.0
-        logits[260:] = 50.0  # padding rows of the embedding
-        return logits
+        n = len(tokens) if all_logits else 1
+        rows = np.empty((n, 264), dtype=np.float32) if out is None else out[:n]
+        rows[:] = 0.0
+        rows[:, 260:] = 50.0  # padding rows of the embedding
+        for i in range(n):
+            rows[i, self.script(self.tokens[: len(self.tokens) - n + 1 + i])] = 9.0
+        return rows if all_logits else rows[0]
+
+    def truncate(self, n: int) -> None:
+        assert 0 <= n <= len(self.tokens)
+        del self.tokens[n:]
+
+    def check_cancel(self) -> None:
+        if self.cancelled:
+            self.cancelled = False
+            raise Cancelled("cancelled", code="cancelled")
 
     def reuse(self, tokens: Sequence[int]) -> int:
         kept = 0
