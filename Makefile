@@ -38,10 +38,12 @@ sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer + UndefinedBeh
 	build/asan/checks/kernel_check --shapes 40
 	build/asan/checks/ops_check
 	build/asan/checks/pool_check
+	build/asan/checks/prefix_check pyengine/data/demo-q8_0.gguf
 	PYENGINE_CHECKS_DIR=build/asan/checks $(BIN)/python -m pytest tests/gguf -k "damage or cut or copying or typed"
 	$(BIN)/cmake -S . -B build/tsan -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_SANITIZE=thread
-	$(BIN)/cmake --build build/tsan --target pool_check
+	$(BIN)/cmake --build build/tsan --target pool_check --target prefix_check
 	build/tsan/checks/pool_check
+	build/tsan/checks/prefix_check pyengine/data/demo-q8_0.gguf
 
 limits: $(VENV)/.test  ## what this machine can do at most: memory, arithmetic, barriers
 	build/checks/limits

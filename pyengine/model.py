@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -42,6 +44,7 @@ class Model:
         self.weight_bytes: int = info["weight_bytes"]
         self.notes: list[str] = info["notes"].splitlines()
         self.file = GgufFile(core.file())
+        self._tokenizer: _Ahead | None = None
 
     @classmethod
     def open(
@@ -51,21 +54,29 @@ class Model:
         copy: bool = False,
         rope_attn_scale: float | None = None,
         progress: Callable[[float], object] | None = None,
+        prefix_bytes: int = 256 << 20,
     ) -> Self:
-        """Opens and checks a model.
+        """Opens and checks a model. Its tokenizer is built meanwhile and afterwards, in another thread.
 
         Args:
             path: the GGUF file, or the first part of a split model.
             copy: read the weights into private memory instead of mapping the file.
             rope_attn_scale: overrides the attention scale of YaRN.
             progress: called with 0..1; returning ``False`` (or raising) stops the load.
+            prefix_bytes: at most so much of what sessions let go is kept for later sessions whose texts begin alike, see
+                :meth:`Session.reuse`; 0: nothing is, and sessions share nothing.
 
         Errors: ``FileError``, ``FormatError``, ``UnsupportedError``, ``OutOfMemory``, ``Cancelled``, ``CpuError``.
         """
         if rope_attn_scale is not None and not rope_attn_scale > 0:
             raise InvalidArgument(f"rope_attn_scale is {rope_attn_scale}; expected a number > 0", code="bad_option")
+        if not 0 <= prefix_bytes < 2**64:
+            raise InvalidArgument(f"prefix_bytes is {prefix_bytes}; expected 0..2^64-1", code="bad_option")
         load = load_mode("copy" if copy else "mmap")
-        return cls(_core.Model.open(fs_path(path), load, rope_attn_scale or 0.0, progress))
+        tokenizer = _Ahead(functools.partial(_tokenizer_of, fs_path(path)))
+        model = cls(_core.Model.open(fs_path(path), load, rope_attn_scale or 0.0, progress, prefix_bytes))
+        model._tokenizer = tokenizer
+        return model
 
     @property
     def metadata(self) -> Metadata:
@@ -73,10 +84,11 @@ class Model:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The file's tokenizer, built when first asked for."""
+        """The file's tokenizer. Errors: see :meth:`pyengine.tokenizer.Tokenizer.from_metadata`."""
         from pyengine.tokenizer import Tokenizer
 
-        return Tokenizer.from_metadata(self.metadata)
+        ready = self._tokenizer.result() if self._tokenizer is not None else None
+        return ready or Tokenizer.from_metadata(self.metadata)
 
     def session(
         self, n_ctx: int = 0, threads: int = 0, threads_prefill: int = 0, kv_type: KvType = "f16", chunk: int = 0
@@ -100,6 +112,34 @@ class Model:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class _Ahead:
+    """A tokenizer that another thread builds."""
+
+    def __init__(self, build: Callable[[], Tokenizer]) -> None:
+        self._build = build
+        self._result: Tokenizer | None = None
+        # Not a daemon: the interpreter must not end under native code.
+        self._thread = threading.Thread(target=self._run, name="pyengine-tokenizer")
+        with contextlib.suppress(RuntimeError):  # no more threads
+            self._thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(Exception):  # whoever asks builds it again, and gets the error with its cause
+            self._result = self._build()
+
+    def result(self) -> Tokenizer | None:
+        """Waits for it; ``None`` when it failed, or when this is the child of a fork, where the thread does not exist."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        return self._result
+
+
+def _tokenizer_of(path: str) -> Tokenizer:
+    from pyengine.tokenizer import Tokenizer
+
+    return Tokenizer.from_gguf(path)
 
 
 class Session:
@@ -160,9 +200,12 @@ class Session:
         self._core.truncate(n)
 
     def reuse(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> int:
-        """Keeps the longest common beginning with ``tokens`` (at most all but one) and forgets the rest.
+        """Makes the session hold the longest known beginning of ``tokens`` (at most all but one) and nothing else.
 
-        Returns how many are kept: evaluate ``tokens[kept:]`` next.
+        Known is what the session itself holds, what other sessions of the model with the same ``kv_type`` hold, and what
+        such sessions held before, as far as ``prefix_bytes`` of :meth:`Model.open` allow. No effect on any logit.
+
+        Returns how many tokens it holds: evaluate ``tokens[held:]`` next.
         """
         return self._core.reuse(_ids(tokens))
 

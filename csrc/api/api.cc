@@ -21,6 +21,7 @@ struct pe_file {
 struct pe_model {
   std::shared_ptr<const Model> model;
   pe_file file;
+  std::shared_ptr<PrefixCache> prefixes;  // nullptr: its sessions share nothing
 };
 
 struct pe_session {
@@ -28,6 +29,8 @@ struct pe_session {
 };
 
 namespace {
+
+constexpr uint64_t kDefaultPrefixBytes = uint64_t{256} << 20;
 
 static_assert(static_cast<int>(gguf::Load::kMap) == PE_LOAD_MMAP &&
               static_cast<int>(gguf::Load::kCopy) == PE_LOAD_COPY &&
@@ -163,7 +166,7 @@ pe_status pe_file_tensor(const pe_file* file, const char* name, pe_tensor* out) 
 // ---- models ----
 
 void pe_model_options_init(pe_model_options* options) {
-  if (options) *options = {sizeof *options, PE_LOAD_MMAP, 0.0f, nullptr, nullptr};
+  if (options) *options = {sizeof *options, PE_LOAD_MMAP, 0.0f, nullptr, nullptr, kDefaultPrefixBytes};
 }
 
 void pe_model_info_init(pe_model_info* info) {
@@ -184,7 +187,8 @@ pe_status pe_model_open(const char* path, const pe_model_options* options, pe_mo
     mo.rope_attn_scale = o.rope_attn_scale;
     if (o.progress) mo.progress = [&o](float fraction) { return o.progress(o.user, fraction) != 0; };
     auto model = Model::open(path, mo);
-    *out = new pe_model{model, {model->file()}};
+    const auto bytes = static_cast<size_t>(std::min<uint64_t>(o.prefix_bytes, SIZE_MAX));
+    *out = new pe_model{model, {model->file()}, bytes ? std::make_shared<PrefixCache>(bytes) : nullptr};
   });
 }
 
@@ -237,8 +241,8 @@ pe_status pe_session_bytes(const pe_model* model, const pe_session_options* opti
 pe_status pe_session_create(pe_model* model, const pe_session_options* options, pe_session** out) {
   return guarded([&] {
     not_null(out, "out") = nullptr;
-    const std::shared_ptr<const Model>& shared = not_null(model, "model").model;
-    *out = new pe_session{Session(shared, session_options(options))};
+    const pe_model& m = not_null(model, "model");
+    *out = new pe_session{Session(m.model, session_options(options), m.prefixes)};
   });
 }
 

@@ -212,6 +212,9 @@ typedef struct pe_model_options {
   /* Called on the opening thread with 0..1; a non-zero return stops with PE_E_CANCELLED. NULL (default): none. */
   int32_t (*progress)(void* user, float fraction);
   void* user;
+  /* At most so many bytes of keys and values are kept of what the model's sessions let go, for later sessions whose texts
+   * begin alike; see pe_session_reuse. Default 256 MiB; 0: nothing is kept, and sessions share nothing. */
+  uint64_t prefix_bytes;
 } pe_model_options;
 
 typedef struct pe_model_info {
@@ -293,8 +296,10 @@ uint32_t pe_session_threads(const pe_session* session);
 /* Forgets everything after the first n tokens. PE_E_ARGUMENT when the session holds fewer. */
 pe_status pe_session_truncate(pe_session* session, size_t n);
 
-/* Prepares for a prompt: keeps the longest common beginning of the session's tokens and `tokens` (at most n - 1, so
- * that evaluating the rest gives logits), forgets the rest, reports how many are kept. PE_E_ARGUMENT for n = 0. */
+/* Prepares for a prompt: makes the session hold the longest known beginning of `tokens` (at most n - 1, so that
+ * evaluating the rest gives logits) and nothing else, and reports its length. Known is what the session itself holds, what
+ * other sessions of the same model with the same cache type hold (they may be in use), and what such sessions let go, as
+ * far as the model's prefix_bytes allow. No effect on any logit. PE_E_ARGUMENT for n = 0. */
 pe_status pe_session_reuse(pe_session* session, const int32_t* tokens, size_t n, size_t* kept);
 
 /* Any thread: makes the running eval, or when none runs the next one, return PE_E_CANCELLED within 250 ms. That return

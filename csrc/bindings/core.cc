@@ -196,11 +196,13 @@ class Session;
 
 class Model {
  public:
-  static Model open(const std::string& path, int load, float rope_attn_scale, const py::object& progress) {
+  static Model open(const std::string& path, int load, float rope_attn_scale, const py::object& progress,
+                    uint64_t prefix_bytes) {
     pe_model_options options;
     pe_model_options_init(&options);
     options.load = static_cast<pe_load>(load);
     options.rope_attn_scale = rope_attn_scale;
+    options.prefix_bytes = prefix_bytes;
     Progress carrier{progress, {}};
     if (!progress.is_none()) {
       options.progress = Progress::hook;
@@ -317,8 +319,15 @@ class Session {
   }
   void truncate(size_t n) { check(pe_session_truncate(handle()->raw, n)); }
   size_t reuse(const IdArray& tokens) {
+    const std::shared_ptr<SessionHandle> keep = handle();
+    const std::vector<int32_t> ids(tokens.data(), tokens.data() + tokens.size());
     size_t kept = 0;
-    check(pe_session_reuse(handle()->raw, tokens.data(), static_cast<size_t>(tokens.size()), &kept));
+    pe_status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = pe_session_reuse(keep->raw, ids.data(), ids.size(), &kept);
+    }
+    check(status);
     return kept;
   }
   void cancel() {
@@ -491,7 +500,7 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Model>(m, "Model")
       .def_static("open", &Model::open, py::arg("path"), py::arg("load"), py::arg("rope_attn_scale"),
-                  py::arg("progress"))
+                  py::arg("progress"), py::arg("prefix_bytes"))
       .def("close", &Model::close)
       .def("file", &Model::file)
       .def("info", &Model::info);

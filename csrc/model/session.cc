@@ -71,14 +71,16 @@ Session::Bytes Session::bytes(const Model& model, const SessionOptions& options)
   return {KvCache::bytes(kv_shape(model.config(), o)), layout_of(model.config(), o).bytes};
 }
 
-Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options)
+Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options,
+                 std::shared_ptr<PrefixCache> prefixes)
     : model_(std::move(model)),
       options_(resolve(model_->config(), options)),
       layout_(layout_of(model_->config(), options_)),
       scratch_(layout_.bytes),
-      kv_(kv_shape(model_->config(), options_)),
-      pool_(static_cast<int>(pool_size(options_))) {
-  tokens_.reserve(options_.n_ctx);  // eval never allocates
+      sequence_(kv_shape(model_->config(), options_)),
+      pool_(static_cast<int>(pool_size(options_))),
+      prefixes_(std::move(prefixes)) {
+  if (prefixes_) prefixes_->add(sequence_);
 }
 
 // Polls: a notification would touch busy_ after it said that the session may go. In the child of a fork nobody is left
@@ -88,6 +90,9 @@ Session::~Session() {
     cancel();
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
+  if (!prefixes_) return;
+  if (prefixes_.use_count() > 1 && !pool_.abandoned()) prefixes_->keep(sequence_);  // somebody may want it
+  prefixes_->remove(sequence_);
 }
 
 void Session::eval(const int32_t* tokens, size_t n, Want want, float* logits) {
@@ -100,11 +105,11 @@ void Session::eval(const int32_t* tokens, size_t n, Want want, float* logits) {
       throw Error(Status::kArgument, "bad_token",
                   "token id " + std::to_string(tokens[i]) + " at position " + std::to_string(i) + " is outside 0.." +
                       std::to_string(n_vocab - 1));
-  if (n > options_.n_ctx - tokens_.size())
+  if (n > options_.n_ctx - sequence_.tokens.size())
     throw Error(Status::kContextFull, "context_full",
                 "the context of " + std::to_string(options_.n_ctx) + " tokens is full: it holds " +
-                    std::to_string(tokens_.size()) + ", and " + std::to_string(n) + " more were given");
-  const size_t before = tokens_.size();
+                    std::to_string(sequence_.tokens.size()) + ", and " + std::to_string(n) + " more were given");
+  const size_t before = sequence_.tokens.size();
   for (size_t done = 0; done < n;) {
     const size_t m = std::min(options_.n_chunk, n - done);
     const bool last = done + m == n;
@@ -113,7 +118,7 @@ void Session::eval(const int32_t* tokens, size_t n, Want want, float* logits) {
     float* rows = wanted ? logits + (want == Want::kAll ? done * n_vocab : 0) : nullptr;
     eval_chunk(tokens + done, m, first_row, rows);
     if (rows && !model_->kernels().all_finite(rows, (m - first_row) * n_vocab)) {
-      tokens_.resize(before);
+      sequence_.resize(before);
       throw Error(
           Status::kNumeric, "not_finite",
           "the logits contain NaN or infinity: the weights in this file are damaged (download it again), or its keys "
@@ -129,10 +134,10 @@ void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, floa
               .kernels = model_->kernels(),
               .layout = layout_,
               .memory = scratch_.as<uint8_t>(),
-              .kv = kv_,
+              .kv = sequence_.kv,
               .tokens = tokens,
               .n = n,
-              .pos = tokens_.size(),
+              .pos = sequence_.tokens.size(),
               .first_row = first_row,
               .logits = logits,
               .cancel = cancel_};
@@ -142,7 +147,7 @@ void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, floa
     cancel_.store(false);
     throw_cancelled();
   }
-  tokens_.insert(tokens_.end(), tokens, tokens + n);
+  sequence_.append(tokens, n);
 }
 
 void Session::check_cancel() {
@@ -151,19 +156,21 @@ void Session::check_cancel() {
 
 void Session::truncate(size_t n) {
   const Use use(*this);
-  if (n > tokens_.size())
+  if (n > sequence_.tokens.size())
     throw Error(Status::kArgument, "bad_length",
-                "cannot keep " + std::to_string(n) + " tokens: the session holds " + std::to_string(tokens_.size()));
-  tokens_.resize(n);
+                "cannot keep " + std::to_string(n) + " tokens: the session holds " + std::to_string(sequence_.tokens.size()));
+  sequence_.resize(n);
 }
 
 size_t Session::reuse(const int32_t* tokens, size_t n) {
   const Use use(*this);
   if (n == 0) throw Error(Status::kArgument, "no_tokens", "there is nothing to evaluate: the prompt is empty");
-  const size_t limit = std::min(n - 1, tokens_.size());
-  const size_t kept = static_cast<size_t>(std::mismatch(tokens, tokens + limit, tokens_.begin()).first - tokens);
-  tokens_.resize(kept);
-  return kept;
+  const std::vector<int32_t>& held = sequence_.tokens;
+  const size_t limit = std::min(n - 1, held.size());
+  const size_t kept = static_cast<size_t>(std::mismatch(tokens, tokens + limit, held.begin()).first - tokens);
+  if (prefixes_ && held.size() >= kept + PrefixCache::kBlock) prefixes_->keep(sequence_);
+  sequence_.resize(kept);
+  return prefixes_ ? prefixes_->extend(sequence_, tokens, n - 1) : kept;
 }
 
 }  // namespace pe

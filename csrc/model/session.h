@@ -8,6 +8,7 @@
 #include "base/aligned_buffer.h"
 #include "model/forward.h"
 #include "model/model.h"
+#include "runtime/prefix_cache.h"
 
 namespace pe {
 
@@ -35,7 +36,9 @@ class Session {
   static Bytes bytes(const Model& model, const SessionOptions& options);
 
   // Throws Error: kArgument (an option out of range), kMemory.
-  Session(std::shared_ptr<const Model> model, const SessionOptions& options);
+  // `prefixes`: shared by sessions of this very model, so that they take over each other's beginnings; or nullptr.
+  Session(std::shared_ptr<const Model> model, const SessionOptions& options,
+          std::shared_ptr<PrefixCache> prefixes = nullptr);
   // Cancels and waits for an eval that is still running in another thread.
   ~Session();
 
@@ -49,7 +52,7 @@ class Session {
   void check_cancel();  // throws Error kCancelled, as the next eval would
 
   const Model& model() const { return *model_; }
-  const std::vector<int32_t>& tokens() const { return tokens_; }
+  const std::vector<int32_t>& tokens() const { return sequence_.tokens; }
   size_t n_ctx() const { return options_.n_ctx; }
   size_t n_threads() const { return options_.n_threads; }
 
@@ -61,9 +64,9 @@ class Session {
   SessionOptions options_;  // without zeros
   Scratch layout_;
   AlignedBuffer scratch_;
-  KvCache kv_;
+  Sequence sequence_;
   ThreadPool pool_;
-  std::vector<int32_t> tokens_;
+  std::shared_ptr<PrefixCache> prefixes_;
   std::atomic<bool> cancel_{false};
   std::atomic<bool> busy_{false};
 };

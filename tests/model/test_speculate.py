@@ -12,6 +12,7 @@ import pytest
 
 from pyengine import End, InvalidArgument, Model, NumericError, SamplerSettings, Session
 from pyengine.generate import Event, Text, generate
+from pyengine.model import KV_TYPES
 from pyengine.speculate import MAX_DRAFT, Gate, Lookahead, ModelDrafter, NgramDrafter, check_same_vocabulary
 from tests.model.test_generate import GREEDY, Bytes, Scripted, ids, last, says
 from tests.support import DATA, needs_data
@@ -23,7 +24,7 @@ MODELS = [
 ]
 PROMPTS = ["Once upon a time", "The cat sat. The cat sat. The cat", "Tom said: one, two, three. Tom said: one,"]
 SETTINGS = [
-    SamplerSettings(temperature=0.0),
+    SamplerSettings(seed=0, temperature=0.0),
     SamplerSettings(seed=1),
     SamplerSettings(seed=2, temperature=0.6, min_p=0.0),
     SamplerSettings(seed=3, temperature=1.5, top_k=0, repeat_penalty=1.2, presence_penalty=0.3),
@@ -56,11 +57,17 @@ class Eager(NgramDrafter):
 
 
 def outcome(session: Session, events: Sequence[Event]) -> tuple[object, ...]:
-    """All that a program can see of a generation but the time it took."""
+    """All that a program can see of a generation but the time and the work it took."""
     end = events[-1]
     assert isinstance(end, End)
     stats = dataclasses.replace(
-        end.stats, prefill_seconds=0, decode_seconds=0, decode_steps=0, drafted_tokens=0, accepted_tokens=0
+        end.stats,
+        reused_tokens=0,
+        prefill_seconds=0,
+        decode_seconds=0,
+        decode_steps=0,
+        drafted_tokens=0,
+        accepted_tokens=0,
     )
     return [*events[:-1], dataclasses.replace(end, stats=stats)], session.tokens  # type: ignore[return-value]
 
@@ -97,6 +104,23 @@ def test_the_text_is_the_same_to_the_last_bit_with_any_drafter(name: str) -> Non
                     assert run(drafter) == expected, (settings, prompt, option, drafter)
                 seen.add(expected[0][-1].reason)  # type: ignore[index]
     assert seen >= {"length", "stop", "context"}
+
+
+@needs_data
+@pytest.mark.parametrize("name", MODELS)
+def test_the_text_is_the_same_over_threads_chunks_and_speculation_for_every_cache_type(name: str) -> None:
+    prompt = PROMPTS[1] * 4  # longer than every chunk but the last
+    with Model.open(DATA / "gguf" / name) as model:
+        for kv_type, settings in itertools.product(KV_TYPES, SETTINGS[:2]):
+            expected = None
+            for threads, chunk in ((1, 0), (1, 3), (2, 1), (2, 32), (3, 7), (4, 128), (7, 32)):
+                with model.session(n_ctx=192, threads=threads, chunk=chunk, kv_type=kv_type) as session:
+                    for speculate in ("off", "ngram", Eager()):
+                        session.truncate(0)
+                        events = list(generate(session, prompt, settings, max_tokens=60, speculate=speculate))
+                        seen = outcome(session, events)
+                        expected = expected or seen
+                        assert seen == expected, (threads, chunk, kv_type, settings, speculate)
 
 
 @needs_data
