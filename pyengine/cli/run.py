@@ -38,7 +38,7 @@ from pyengine.errors import ContextFull, EngineError, UnsupportedError
 
 if TYPE_CHECKING:
     from pyengine.chat import ChatTemplate
-    from pyengine.generate import Chat, End, Event
+    from pyengine.generate import Chat, End, Event, Speculate
     from pyengine.model import Model, Session
     from pyengine.sampling import SamplerSettings
 
@@ -108,6 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--copy", action="store_true", help="read the file into memory instead of mapping it")
     engine.add_argument("--rope-attn-scale", type=float, metavar="X", help="overrides YaRN's attention scale")
+    engine.add_argument(
+        "--speculate",
+        choices=("ngram", "off"),
+        help="guess what repeats and check it several tokens at a time; no effect on the text (default ngram)",
+    )
+    engine.add_argument("--draft", metavar="FILE", help="let a small model of the same vocabulary guess instead")
     add_sampler_options(parser)
     return parser
 
@@ -131,8 +137,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--n-predict is {args.n_predict}; expected at least 1, or -1 for no limit")
     if args.think_budget is not None and args.think_budget < 0:
         raise UsageError(f"--think-budget is {args.think_budget}; expected at least 0")
-    with _open_model(path, args) as model:
-        return _Runner(args, model).run(prompt)
+    if args.draft is not None and args.speculate is not None:
+        raise UsageError("--draft replaces --speculate: give one of them")
+    if args.draft == "":
+        raise UsageError("the name of the draft model is empty")
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(_open_model(path, args))
+        draft = stack.enter_context(_load(Path(args.draft), args)) if args.draft is not None else None
+        return _Runner(args, model, draft).run(prompt)
 
 
 def _model_path(args: argparse.Namespace) -> Path:
@@ -181,6 +193,15 @@ def _is_piped(descriptor: int) -> bool:
 
 
 def _open_model(path: Path, args: argparse.Namespace) -> Model:
+    model = _load(path, args, rope_attn_scale=args.rope_attn_scale)
+    if args.override_kv:
+        from pyengine.tokenizer import Tokenizer
+
+        model.tokenizer = Tokenizer.from_metadata(model.metadata, override=_pre_tokenizer(args.override_kv))
+    return model
+
+
+def _load(path: Path, args: argparse.Namespace, *, rope_attn_scale: float | None = None) -> Model:
     from pyengine.model import Model
 
     status, start = Status(), time.monotonic()
@@ -189,15 +210,10 @@ def _open_model(path: Path, args: argparse.Namespace) -> Model:
         if time.monotonic() - start > 0.5:
             status.show(f"loading {done:.0%}")
 
-    try:
-        model = Model.open(path, copy=args.copy, rope_attn_scale=args.rope_attn_scale, progress=progress)
+    try:  # with one session there is nobody to share beginnings with
+        return Model.open(path, copy=args.copy, rope_attn_scale=rope_attn_scale, progress=progress, prefix_bytes=0)
     finally:
         status.clear()
-    if args.override_kv:
-        from pyengine.tokenizer import Tokenizer
-
-        model.tokenizer = Tokenizer.from_metadata(model.metadata, override=_pre_tokenizer(args.override_kv))
-    return model
 
 
 def _pre_tokenizer(overrides: list[str]) -> str:
@@ -210,7 +226,7 @@ def _pre_tokenizer(overrides: list[str]) -> str:
 class _Runner:
     """One run of the command, with the model open."""
 
-    def __init__(self, args: argparse.Namespace, model: Model) -> None:
+    def __init__(self, args: argparse.Namespace, model: Model, draft: Model | None) -> None:
         from pyengine.reasoning import reasoning_profile
 
         self.args = args
@@ -225,6 +241,14 @@ class _Runner:
             threads_prefill=args.threads_prefill,
             kv_type=args.kv_type,
         )
+        self.speculate: Speculate = args.speculate or "ngram"
+        self.draft_session: Session | None = None
+        if draft is not None:
+            from pyengine.speculate import ModelDrafter
+
+            size = min(self.session.n_ctx, draft.n_ctx_train)
+            self.draft_session = draft.session(n_ctx=size, threads=args.threads, kv_type=args.kv_type)
+            self.speculate = ModelDrafter(model, self.draft_session)
         self.max_tokens = None if args.n_predict < 0 else args.n_predict
         self.status = Status()
         self.display = _Display(self.status, show_reasoning=_show_reasoning(args), exact=args.raw)
@@ -234,7 +258,7 @@ class _Runner:
             self._explain()
         if self.session.n_ctx > self.model.n_ctx_train:
             say(f"note: the model was made for {self.model.n_ctx_train} tokens; --ctx-size asks for more")
-        with self.session:
+        with self.session, self.draft_session or contextlib.nullcontext():
             if self.no_template is not None and (prompt is None or self.args.system is not None):
                 raise self.no_template
             if prompt is None:
@@ -293,6 +317,7 @@ class _Runner:
             stop=self.args.stop,
             think_budget=self.args.think_budget,
             on_prefill=self._on_prefill,
+            speculate=self.speculate,
         )
 
     def _raw(self, prompt: str) -> Iterator[Event]:
@@ -307,6 +332,7 @@ class _Runner:
             stop=self.args.stop,
             reasoning=False,
             on_prefill=self._on_prefill,
+            speculate=self.speculate,
         )
 
     def _on_prefill(self, done: int, total: int) -> None:
@@ -354,6 +380,8 @@ class _Runner:
                 f"answer: {s.generated_tokens} tokens ({s.reasoning_tokens} reasoning), {s.decode_rate:.1f} tokens/s; "
                 f"context {s.context_used} of {s.context_size}; seed {s.seed}; end: {end.reason}"
             )
+            if s.drafted_tokens:
+                say(f"speculation: {s.accepted_tokens} of {s.drafted_tokens} guesses were right")
 
     def _converse(self, chat: Chat) -> int:
         if sys.stderr.isatty():
@@ -505,6 +533,8 @@ class _Collected:
                 "reused_tokens": s.reused_tokens,
                 "completion_tokens": s.generated_tokens,
                 "reasoning_tokens": s.reasoning_tokens,
+                "drafted_tokens": s.drafted_tokens,
+                "accepted_tokens": s.accepted_tokens,
             },
             "timings": {
                 "prefill_seconds": round(s.prefill_seconds, 6),

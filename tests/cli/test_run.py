@@ -77,7 +77,7 @@ def test_json_has_everything() -> None:
     golden = json.loads((DATA / "golden" / "golden.json").read_text())["stories260K"]
     opening = "Once upon a time"
     n_opening = len(Tokenizer.from_gguf(STORIES).encode(opening))
-    done = run(STORIES, opening, "--raw", *GREEDY, "-n", "20", "--json", "--top-logprobs", "2", "--seed", "5")
+    done = run(STORIES, opening, "--raw", *GREEDY, "-n", "20", "--json", "--top-logprobs", "2", "--seed", "5", "--speculate", "off")
     assert (done.returncode, done.stderr) == (0, b"")
     report = json.loads(done.stdout)
     assert report["ids"] == golden["greedy_ids"][n_opening - 1 : n_opening + 19]
@@ -88,6 +88,8 @@ def test_json_has_everything() -> None:
         "reused_tokens": 0,
         "completion_tokens": 20,
         "reasoning_tokens": 0,
+        "drafted_tokens": 0,
+        "accepted_tokens": 0,
     }
     assert report["timings"]["decode_tokens_per_second"] > 0
     for token, entry in zip(report["ids"], report["logprobs"], strict=True):
@@ -133,6 +135,19 @@ def test_the_same_seed_gives_the_same_text() -> None:
     first = run(*args, "11").stdout
     assert first == run(*args, "11", "-t", "1").stdout
     assert first != run(*args, "12").stdout
+
+
+@needs_data
+def test_no_way_to_speculate_changes_the_answer() -> None:
+    draft = DATA / "gguf" / "stories260K-llama-256d-Q4_K_M.gguf"
+    prompt = (STORIES, "The cat sat. The cat sat. The cat sat. The", "--raw", "--seed", "3", "-n", "120", "-v")
+    plain = run(*prompt, "--speculate", "off")
+    assert plain.returncode == 0
+    assert len(plain.stdout) > 200
+    for way in ([], ["--speculate", "ngram"], ["--draft", draft]):
+        guessed = run(*prompt, *way)
+        assert (guessed.returncode, guessed.stdout) == (0, plain.stdout), guessed.stderr.decode()
+    assert "guesses were right" in guessed.stderr.decode()
 
 
 @needs_data
@@ -225,6 +240,8 @@ def test_each_bad_file_has_its_own_message(bad: Path, name: str, words: list[str
         (["m.gguf", "hi", "-n", "0"], ["--n-predict"]),
         (["m.gguf", "hi", "--think-budget", "-1"], ["--think-budget"]),
         (["--demo", "a", "b"], ["--demo"]),
+        (["m.gguf", "hi", "--draft", ""], ["draft model is empty"]),
+        (["m.gguf", "hi", "--draft", "d.gguf", "--speculate", "ngram"], ["--draft", "--speculate"]),
         ([b"\xff.gguf", "hi"], ["not valid UTF-8"]),
     ],
 )
@@ -238,6 +255,8 @@ def test_each_impossible_command_line_has_its_own_message(args: list[str | bytes
     [
         (["--override-kv", "llama.block_count=u32:1"], 2, ["--override-kv", "tokenizer.ggml.pre"]),
         (["--chat-template", "nowhere.jinja"], 1, ["nowhere.jinja"]),
+        (["--draft", "nowhere.gguf"], 1, ["nowhere.gguf"]),
+        (["--draft", str(pyengine.demo_model_path())], 2, ["in the draft model", "vocabulary"]),
         (["-t", "-1"], 2, ["threads"]),
         (["-c", "99999999"], 2, ["n_ctx"]),
         (["--raw", "--logit-bias", "9999+1"], 2, ["9999", "512"]),
