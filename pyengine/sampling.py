@@ -417,6 +417,9 @@ class _Changed:
 
     def __init__(self, row: npt.NDArray[np.float32], changes: Sequence[_Change]) -> None:
         self.row = row
+        if not any(len(change.ids) for change in changes):  # the usual case, made quick
+            self.ids, self.changed = _NO_CHANGE.ids, _Candidates(_NO_CHANGE.ids, np.empty(0))
+            return
         ids = np.unique(np.concatenate([change.ids for change in changes]))
         self.ids = ids = ids[(ids >= 0) & (ids < len(row))]  # the history may name tokens that the row lacks
         self.changed = c = _Candidates(ids, row[ids].astype(np.float64))  # less the forbidden ones
