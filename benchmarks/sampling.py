@@ -3,8 +3,8 @@
     python benchmarks/sampling.py MODEL.gguf [--tokens 48]
     python benchmarks/sampling.py --synthetic r1-qwen-1.5b:q4_k_m
 
-Generates through the public ``generate`` with a session that notes the time spent in the engine's eval; what is left of
-each token (drafting, sampling, text, events, the loop) is "beside eval". Then the samplers alone, on that model's logits.
+Generates through the public ``generate`` with a session that notes the time spent in the engine's eval; what is left
+of each token (drafting, sampling, text, events, the loop) is "beside eval". Then the samplers alone, on its logits.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def main() -> None:
                 session, ids, settings, max_tokens=args.tokens, speculate=speculate, on_prefill=lambda done, total: None
             )
             engine = begin = 0.0
-            for event in events:
+            event: object = None
+            for event in events:  # noqa: B007 - the last one is looked at
                 if not begin:  # the prompt and the first token are done
                     begin, engine = time.perf_counter(), session.seconds
             seconds = time.perf_counter() - begin
@@ -100,7 +101,9 @@ def main() -> None:
             sampler, row = Sampler(settings, model.tokenizer), report.row(f"sample, {name}", "us")
 
             def sample(sampler: Sampler = sampler, row: Row = row) -> None:
-                row.values.append(1e6 * statistics.median(timed(lambda: sampler.sample(logits, history)) for _ in range(25)))
+                row.values.append(
+                    1e6 * statistics.median(timed(lambda: sampler.sample(logits, history)) for _ in range(25))
+                )
 
             variants[name] = sample
         row = report.row("numpy argmax", "us")

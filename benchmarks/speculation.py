@@ -6,8 +6,8 @@
 The evaluations are the model's own; the texts are real ones: after each evaluation the logits are replaced by such that
 name the next token of a given text, with every drafter and with none, so that random weights serve as well. Edited code
 is this repository's own, restated with a name changed; prose is its manual. ``--vocab`` cuts them into tokens (default:
-the model's tokenizer). The rounds of a text are interleaved and report tokens a second; "x" rows are the quotient of the
-medians. First, what evaluating n tokens costs in evaluations of one.
+the model's tokenizer). Rounds are interleaved and report tokens a second; "x" rows are the quotient of the medians.
+First, what evaluating n tokens costs in evaluations of one.
 """
 
 from __future__ import annotations
@@ -61,13 +61,18 @@ def texts(tokenizer: Tokenizer, n: int) -> dict[str, tuple[list[int], list[int]]
 
     source = ids(code)[: n + n // 4]
     edited = ids(tokenizer.decode(source).replace("self._held", "self._kept").replace("text", "piece"))
-    thoughts = "So the total is 48 + 27. Let me check: 48 + 27 = 75. Wait, the question asks how many apples Tom has now. "
+    thoughts = (
+        "So the total is 48 + 27. Let me check: 48 + 27 = 75. Wait, the question asks how many apples Tom has now. "
+    )
     restated = "".join(f"{thoughts}Let me check again, step {i}. " for i in range(1, 40))
     return {
         "code, restated with two names changed": (source, edited[:n]),
         "reasoning that restates": (ids(restated)[:40], ids(restated)[40 : 40 + n]),
         "prose": (ids(prose[:half])[-n:], ids(prose[half:])[:n]),
-        "nothing repeats": (prompt(n, tokenizer.n_vocab), [(i * 7919 + 13) % tokenizer.n_vocab for i in range(n, 2 * n)]),
+        "nothing repeats": (
+            prompt(n, tokenizer.n_vocab),
+            [(i * 7919 + 13) % tokenizer.n_vocab for i in range(n, 2 * n)],
+        ),
     }
 
 
@@ -134,7 +139,7 @@ def main() -> None:
         session.close()
     for row, words in shares:
         row.share = words[0] if row.name.endswith("ngram") else ""
-    for n, row in costs.items():
+    for row in costs.values():
         row.share = f"{row.median / costs[1].median:.2f} x one token"
     for name, off, on in quotients:
         report.row(f"x, {name}", "").values.append(on.median / off.median)

@@ -16,9 +16,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from pyengine.errors import Cancelled, ContextFull, InvalidArgument
 from pyengine.reasoning import ReasoningSplitter, overlap, reasoning_profile
 from pyengine.sampling import Sampler, SampleResult, SamplerSettings

@@ -63,8 +63,8 @@ class Model:
             copy: read the weights into private memory instead of mapping the file.
             rope_attn_scale: overrides the attention scale of YaRN.
             progress: called with 0..1; returning ``False`` (or raising) stops the load.
-            prefix_bytes: at most so much of what sessions let go is kept for later sessions whose texts begin alike, see
-                :meth:`Session.reuse`; 0: nothing is, and sessions share nothing.
+            prefix_bytes: at most so much of what sessions let go is kept for later sessions whose texts begin alike,
+                see :meth:`Session.reuse`; 0: nothing is, and sessions share nothing.
 
         Errors: ``FileError``, ``FormatError``, ``UnsupportedError``, ``OutOfMemory``, ``Cancelled``, ``CpuError``.
         """
@@ -130,7 +130,7 @@ class _Ahead:
             self._result = self._build()
 
     def result(self) -> Tokenizer | None:
-        """Waits for it; ``None`` when it failed, or when this is the child of a fork, where the thread does not exist."""
+        """Waits for it; ``None`` when it failed, or in the child of a fork, where the thread does not exist."""
         if self._thread.ident is not None:
             self._thread.join()
         return self._result
@@ -202,8 +202,8 @@ class Session:
     def reuse(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> int:
         """Makes the session hold the longest known beginning of ``tokens`` (at most all but one) and nothing else.
 
-        Known is what the session itself holds, what other sessions of the model with the same ``kv_type`` hold, and what
-        such sessions held before, as far as ``prefix_bytes`` of :meth:`Model.open` allow. No effect on any logit.
+        Known is what the session itself holds, what other sessions of the model with the same ``kv_type`` hold, and
+        what such sessions held before, as far as ``prefix_bytes`` of :meth:`Model.open` allow. No effect on any logit.
 
         Returns how many tokens it holds: evaluate ``tokens[held:]`` next.
         """

@@ -3,10 +3,10 @@
 The chain works on *candidates*: token ids in ascending order with their logits in float64. A step either changes logits
 (penalties, dry, temperature) or keeps a subset; the candidates stay in id order, so every tie goes to the lower id.
 
-A vocabulary has 150,000 tokens and a chain keeps a few dozen, so the whole row is looked at natively and once: where the
-first step that removes candidates is top_k, top_p, min_p or greedy choice, a shortlist is made of the raw logits and of
-the few logits that bias and penalties change, and the chain goes on with that. What it gives is what the chain gives on
-all candidates, bit for bit (tests/text/test_sampling.py runs both).
+A vocabulary has 150,000 tokens and a chain keeps a few dozen, so the whole row is looked at natively and once: where
+the first step that removes candidates is top_k, top_p, min_p or greedy choice, a shortlist is made of the raw logits
+and of the few logits that bias and penalties change, and the chain goes on with that. What it gives is what the chain
+gives on all candidates, bit for bit (tests/text/test_sampling.py runs both).
 
 Same seed, same text, on every machine and numpy: all decisions use only IEEE additions, multiplications, divisions and
 square roots in a fixed order (running sums, an exponential of our own), because ``exp``, ``log`` and pairwise sums
@@ -289,7 +289,9 @@ class Sampler:
             return self._everything(raw), 0
         row = np.ascontiguousarray(raw)
         steps = self._steps[: self._n_changing]
-        changes = [self._token_penalties(history) if s == self._penalties else self._dry_penalties(history) for s in steps]
+        changes = [
+            self._token_penalties(history) if s == self._penalties else self._dry_penalties(history) for s in steps
+        ]
         row_changes = _Changed(row, [self._bias, *changes])
         if self._first in ("greedy", "top_k"):
             shortlist = row_changes.best(1 if self._first == "greedy" else self.settings.top_k)

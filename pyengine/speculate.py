@@ -122,9 +122,9 @@ _CLASS_OF_LENGTH = [sum(n >= bound for bound in (4, 6, 9, 16, 32)) for n in rang
 class NgramDrafter:
     """Guesses that what followed the same tokens last time follows again: restated text, edited code, quotations.
 
-    Keeps where each sequence of 4 and of 2 tokens occurred last. Every token, guessed or not, is compared with what would
-    have been guessed, so the hit rates (by length of the match) are known without evaluating a single wrong guess, and
-    text in which nothing repeats costs nothing. Work per token does not grow with the text.
+    Keeps where each sequence of 4 and of 2 tokens occurred last. Every token, guessed or not, is compared with what
+    would have been guessed, so the hit rates (by length of the match) are known without evaluating a single wrong
+    guess, and text in which nothing repeats costs nothing. Work per token does not grow with the text.
     """
 
     _SIZES = (4, 2)
@@ -180,7 +180,9 @@ class NgramDrafter:
             source = last.get(tuple(history[end - size : end]), -1) if end >= size else -1
             if source >= 0:
                 length = size
-                while length < _LONGEST and source > length and history[source - 1 - length] == history[end - 1 - length]:
+                while (
+                    length < _LONGEST and source > length and history[source - 1 - length] == history[end - 1 - length]
+                ):
                     length += 1
                 self._source, self._length = source, length
                 return
@@ -280,7 +282,9 @@ def check_same_vocabulary(model: Model, draft: Model) -> None:
 
 def _no_draft(what: str) -> InvalidArgument:
     return InvalidArgument(
-        f"{what}; a draft model needs the vocabulary of the model that it drafts for", code="other_vocabulary", field="draft"
+        f"{what}; a draft model needs the vocabulary of the model that it drafts for",
+        code="other_vocabulary",
+        field="draft",
     )
 
 
@@ -317,7 +321,8 @@ class Lookahead:
             self.n_accepted += 1
             self._row += 1
             del self._guesses[0]
-            return self._rows[self._row]
+            taken: npt.NDArray[np.float32] = self._rows[self._row]
+            return taken
         self._forget()
         length = len(self.session)
         if self._drafter is not None and len(pending) == 1 and self._buffer is not None:
@@ -325,7 +330,8 @@ class Lookahead:
             room = room if limit is None else min(room, limit - 1)
             guesses = list(self._drafter.propose(history, self._gate, room)) if room > 0 else []
             if guesses and self._evaluate(pending, guesses):
-                return self._rows[0]
+                first: npt.NDArray[np.float32] = self._rows[0]
+                return first
         start = time.perf_counter()
         row = self.session.eval(pending, out=self._buffer)
         if len(pending) == 1 and length:
@@ -337,7 +343,7 @@ class Lookahead:
         return row
 
     def _evaluate(self, pending: list[int], guesses: list[int]) -> bool:
-        """Evaluates the guesses along; False when one of them leads to damaged logits, which the text may never meet."""
+        """Evaluates the guesses along; False when one leads to damaged logits, which the text may never meet."""
         length = len(self.session)
         start = time.perf_counter()
         try:

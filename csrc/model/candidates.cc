@@ -83,9 +83,9 @@ std::vector<Candidate> top_candidates(const float* logits, size_t n, size_t k) {
 
 namespace {
 
-constexpr double kInverseFactorial[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                        1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
-                                        1.0 / 6,          1.0 / 2,         1.0,            1.0};
+constexpr double kInverseFactorial[] = {
+    1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+    1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0,         1.0};
 
 // e^r by Horner's rule, written out so that compilers keep several r in vector registers.
 template <size_t... C>
@@ -112,7 +112,8 @@ void exp_of_nonpositive(const double* x, size_t n, double* y) {
       const double k = shifted - kRound;
       const double r = (bounded[i] - k * kLn2Hi) - k * kLn2Lo;
       const uint64_t power = (std::bit_cast<uint64_t>(shifted) + 1023) << 52;  // k >= -1010: no result is denormal
-      y[at + i] = taylor(r, std::make_index_sequence<std::size(kInverseFactorial) - 1>()) * std::bit_cast<double>(power);
+      y[at + i] =
+          taylor(r, std::make_index_sequence<std::size(kInverseFactorial) - 1>()) * std::bit_cast<double>(power);
     }
   }
 }

@@ -157,8 +157,9 @@ void Session::check_cancel() {
 void Session::truncate(size_t n) {
   const Use use(*this);
   if (n > sequence_.tokens.size())
-    throw Error(Status::kArgument, "bad_length",
-                "cannot keep " + std::to_string(n) + " tokens: the session holds " + std::to_string(sequence_.tokens.size()));
+    throw Error(
+        Status::kArgument, "bad_length",
+        "cannot keep " + std::to_string(n) + " tokens: the session holds " + std::to_string(sequence_.tokens.size()));
   sequence_.resize(n);
 }
 

@@ -84,7 +84,8 @@ bool PrefixCache::make_room(size_t bytes) {
     auto oldest = blocks_.end();
     for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
       const Block& b = *it->second;
-      if (b.followers == 0 && b.used < clock_ && (oldest == blocks_.end() || b.used < oldest->second->used)) oldest = it;
+      if (b.followers == 0 && b.used < clock_ && (oldest == blocks_.end() || b.used < oldest->second->used))
+        oldest = it;
     }
     if (oldest == blocks_.end()) return false;
     bytes_ -= oldest->second->data.size();

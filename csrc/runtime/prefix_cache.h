@@ -19,7 +19,9 @@ namespace pe {
 
 // A session's tokens, and the keys and values of each of them.
 struct Sequence {
-  explicit Sequence(const KvCache::Shape& shape) : kv(shape) { tokens.reserve(shape.positions); }  // append never allocates
+  explicit Sequence(const KvCache::Shape& shape) : kv(shape) {
+    tokens.reserve(shape.positions);
+  }  // append never allocates
 
   KvCache kv;
   std::vector<int32_t> tokens;  // written by the session's thread alone, through resize and append; never reallocated
@@ -39,7 +41,7 @@ struct Sequence {
 
 class PrefixCache {
  public:
-  static constexpr size_t kBlock = 64;  // tokens
+  static constexpr size_t kBlock = 64;                              // tokens
   using Hash = uint64_t (*)(uint64_t seed, const int32_t* tokens);  // of kBlock tokens
 
   // Chained over the blocks of a text. It finds; it proves nothing: tokens are compared, and the block before.

@@ -77,7 +77,21 @@ def test_json_has_everything() -> None:
     golden = json.loads((DATA / "golden" / "golden.json").read_text())["stories260K"]
     opening = "Once upon a time"
     n_opening = len(Tokenizer.from_gguf(STORIES).encode(opening))
-    done = run(STORIES, opening, "--raw", *GREEDY, "-n", "20", "--json", "--top-logprobs", "2", "--seed", "5", "--speculate", "off")
+    done = run(
+        STORIES,
+        opening,
+        "--raw",
+        *GREEDY,
+        "-n",
+        "20",
+        "--json",
+        "--top-logprobs",
+        "2",
+        "--seed",
+        "5",
+        "--speculate",
+        "off",
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     report = json.loads(done.stdout)
     assert report["ids"] == golden["greedy_ids"][n_opening - 1 : n_opening + 19]

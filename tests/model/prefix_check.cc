@@ -54,7 +54,8 @@ bool same(const Logits& a, const Logits& b) {
 
 size_t common(const Tokens& a, const Tokens& b) {
   const size_t n = std::min(a.size(), b.size());
-  return static_cast<size_t>(std::mismatch(a.begin(), a.begin() + static_cast<ptrdiff_t>(n), b.begin()).first - a.begin());
+  return static_cast<size_t>(std::mismatch(a.begin(), a.begin() + static_cast<ptrdiff_t>(n), b.begin()).first -
+                             a.begin());
 }
 
 // Texts that begin as earlier ones do, for a while; sessions come, go on to other texts, and go.
@@ -83,12 +84,14 @@ void check_random_texts(const std::shared_ptr<const Model>& model, Kv kv, Prefix
     for (const Session& other : living) at_least = std::max(at_least, common(other.tokens(), text));
     const size_t own = std::min(common(which->tokens(), text), text.size() - 1);
     const size_t held = which->reuse(text.data(), text.size());
-    check(held >= std::min(at_least, text.size() - 1) && held < text.size(), "what a living session holds is taken over");
+    check(held >= std::min(at_least, text.size() - 1) && held < text.size(),
+          "what a living session holds is taken over");
     check(std::equal(which->tokens().begin(), which->tokens().end(), text.begin()) && which->tokens().size() == held,
           "the session holds a beginning of the text");
     taken_over += held - own;
     Session cold(model, options(kv));
-    check(same(after(*which, text, held), after(cold, text, 0)), "logits equal a cold session's, step " + std::to_string(step));
+    check(same(after(*which, text, held), after(cold, text, 0)),
+          "logits equal a cold session's, step " + std::to_string(step));
     check(prefixes->bytes() <= blocks * block_bytes, "the memory is bounded");
     if (!below(4)) living.erase(which);
   }

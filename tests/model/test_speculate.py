@@ -141,20 +141,24 @@ def test_guesses_that_are_right_need_no_evaluation_of_their_own() -> None:
 
 @needs_data
 def test_a_draft_model_changes_no_text_and_its_cache_stays_in_step() -> None:
-    with Model.open(DATA / "gguf" / MODELS[0]) as model, Model.open(DATA / "gguf" / "stories260K-llama-F32.gguf") as small:
-        with model.session(n_ctx=256, threads=1) as session, small.session(n_ctx=200, threads=1) as draft:
-            drafter = ModelDrafter(model, draft)
-            accepted = 0
-            for settings, prompt in itertools.product(SETTINGS, PROMPTS):
+    with (
+        Model.open(DATA / "gguf" / MODELS[0]) as model,
+        Model.open(DATA / "gguf" / "stories260K-llama-F32.gguf") as small,
+        model.session(n_ctx=256, threads=1) as session,
+        small.session(n_ctx=200, threads=1) as draft,
+    ):
+        drafter = ModelDrafter(model, draft)
+        accepted = 0
+        for settings, prompt in itertools.product(SETTINGS, PROMPTS):
+            session.truncate(0)
+            expected = outcome(session, list(generate(session, prompt, settings, max_tokens=100, speculate="off")))
+            for _ in range(2):
                 session.truncate(0)
-                expected = outcome(session, list(generate(session, prompt, settings, max_tokens=100, speculate="off")))
-                for _ in range(2):
-                    session.truncate(0)
-                    drafter._rate, drafter._pause = 1.0, 0  # whatever it costs here
-                    events = list(generate(session, prompt, settings, max_tokens=100, speculate=drafter))
-                    assert outcome(session, events) == expected
-                    accepted += last(events).stats.accepted_tokens
-            assert accepted > 100
+                drafter._rate, drafter._pause = 1.0, 0  # whatever it costs here
+                events = list(generate(session, prompt, settings, max_tokens=100, speculate=drafter))
+                assert outcome(session, events) == expected
+                accepted += last(events).stats.accepted_tokens
+        assert accepted > 100
 
 
 @needs_data
@@ -163,7 +167,9 @@ def test_a_draft_model_of_another_vocabulary_is_refused_with_the_difference() ->
 
     with Model.open(DATA / "gguf" / MODELS[0]) as model, Model.open(demo_model_path()) as other:
         check_same_vocabulary(model, model)
-        with pytest.raises(InvalidArgument, match=r"token \d+ is .* in the model and .* in the draft model|has \d+ tokens"):
+        with pytest.raises(
+            InvalidArgument, match=r"token \d+ is .* in the model and .* in the draft model|has \d+ tokens"
+        ):
             check_same_vocabulary(model, other)
 
 
@@ -180,7 +186,7 @@ def test_unused_ids_at_the_end_do_not_make_another_vocabulary() -> None:
             if same:
                 check_same_vocabulary(*pair)  # type: ignore[arg-type]
             else:
-                with pytest.raises(InvalidArgument, match="4 tokens.*2|2 tokens.*4"):
+                with pytest.raises(InvalidArgument, match=r"4 tokens.*2|2 tokens.*4"):
                     check_same_vocabulary(*pair)  # type: ignore[arg-type]
 
 
@@ -188,7 +194,9 @@ def test_cancel_is_met_between_tokens_that_are_already_verified() -> None:
     text = "a long story"
     session = Scripted(says(text))
     events: list[Event] = []
-    for event in generate(session, "abc", GREEDY, tokenizer=Bytes(), speculate=Guesses([*b"abc", *text.encode()], 0.0, 3)):
+    for event in generate(
+        session, "abc", GREEDY, tokenizer=Bytes(), speculate=Guesses([*b"abc", *text.encode()], 0.0, 3)
+    ):
         events.append(event)
         if isinstance(event, Text) and "".join(e.text for e in events if isinstance(e, Text)) == "a lo":
             session.cancel()
@@ -254,7 +262,7 @@ def test_an_unknown_way_to_speculate_is_refused() -> None:
 
 
 def simulate(text: Sequence[int], n_prompt: int, cost: Callable[[int], float], drafter: object) -> tuple[float, int]:
-    """(evaluations' cost, in single ones, of saying ``text`` after its first tokens; guesses made), by the real code."""
+    """(evaluations' cost, in single ones, of saying ``text`` after the prompt; guesses made), by the real code."""
     clock = [0.0]
 
     class Clocked:
@@ -321,9 +329,7 @@ def test_dear_evaluations_are_not_tried_again_and_again_even_for_good_guesses() 
 def test_one_disturbed_measurement_does_not_end_speculation() -> None:
     pattern = [random.Random(3).randrange(5000) for _ in range(50)]
     calls = itertools.count()
-    seconds, _ = simulate(
-        pattern * 40, 50, lambda n: 30.0 if n > 1 and next(calls) == 0 else FLAT(n), NgramDrafter()
-    )
+    seconds, _ = simulate(pattern * 40, 50, lambda n: 30.0 if n > 1 and next(calls) == 0 else FLAT(n), NgramDrafter())
     assert 1950 / seconds > 2.0
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer is built beside the model: logits do not wait for it, and what goes wrong with it is told to who asks."""
+"""The tokenizer is built beside the model: logits do not wait for it, and its errors are told to whoever asks."""
 
 from __future__ import annotations
 
