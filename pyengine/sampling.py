@@ -19,12 +19,13 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pyengine import _core
+from pyengine.dry import BreakerTokens, find_breakers, repeats_of, unbroken_length
 from pyengine.errors import InvalidArgument, NumericError
 
 SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typical_p", "top_p", "min_p", "xtc", "temperature")
@@ -159,15 +160,6 @@ class SampleResult(NamedTuple):
     id: int
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
-
-
-class BreakerTokens(Protocol):
-    """What DRY needs of a tokenizer to find its sequence breakers."""
-
-    n_vocab: int
-
-    def token_bytes(self, token: int, /) -> bytes: ...
-    def encode(self, text: str, /, *, add_special: bool = ...) -> Sequence[int]: ...
 
 
 class _Candidates:
@@ -353,12 +345,12 @@ class Sampler:
         window = _window(history, s.dry_penalty_last_n)
         if len(window) <= s.dry_allowed_length:
             return _NO_CHANGE
-        limit = _unbroken_length(window, self._breakers)
+        limit = unbroken_length(window, self._breakers)
         if limit < s.dry_allowed_length:
             return _NO_CHANGE
         # Beyond base^e = 2^128 the penalty does not grow: the peers' float32 limit, and ours on the search.
         most = int(math.log(2) * 128 / math.log(s.dry_base)) if s.dry_base > 1.000001 else 0
-        repeats = sorted(_repeats(window, s.dry_allowed_length, min(limit, s.dry_allowed_length + most)).items())
+        repeats = sorted(repeats_of(window, s.dry_allowed_length, min(limit, s.dry_allowed_length + most)).items())
         penalties = np.array(
             [s.dry_multiplier * _power(s.dry_base, length - s.dry_allowed_length) for _, length in repeats],
             dtype=np.float64,
@@ -528,61 +520,6 @@ def _keep_mass(c: _Candidates, keys: _Floats, weights: _Floats, mass: float, *, 
 def _window(history: Sequence[int], last_n: int) -> _Ids:
     """The last n tokens (-1: all), int64 [<= n]."""
     return np.asarray(history[max(0, len(history) - last_n) if last_n >= 0 else 0 :], dtype=np.int64)
-
-
-# ---- DRY: "don't repeat yourself" ----
-
-
-def find_breakers(tokenizer: BreakerTokens, strings: Sequence[str]) -> dict[int, list[tuple[int, ...]]]:
-    """The token sequences that break a repeat: first token -> the ids that must follow it (often none).
-
-    A token that contains a breaker breaks alone; one that ends with the beginning of a breaker does so together with
-    the tokens of the rest.
-    """
-    whole = [text.encode() for text in strings]
-    splits = [
-        (text[:i].encode(), tuple(tokenizer.encode(text[i:], add_special=False)))
-        for text in strings
-        for i in range(1, len(text))
-    ]
-    found: dict[int, list[tuple[int, ...]]] = {}
-    for token in range(tokenizer.n_vocab):
-        text = tokenizer.token_bytes(token)
-        tails: list[tuple[int, ...]] = [()]
-        if not any(w in text for w in whole):
-            tails = [tail for head, tail in splits if text.endswith(head)]
-        if tails:
-            found[token] = tails
-    return found
-
-
-def _unbroken_length(window: _Ids, breakers: Mapping[int, list[tuple[int, ...]]]) -> int:
-    """How many last tokens follow the last sequence breaker."""
-    n = len(window)
-    for i in range(n if breakers else 0):  # a breaker that starts i tokens before the last one
-        tails = breakers.get(int(window[n - 1 - i]))
-        if tails is None:
-            continue
-        following = tuple(window[n - i :].tolist()) if i else ()
-        longest = max((len(tail) for tail in tails if following[: len(tail)] == tail), default=-1)
-        if longest >= 0:
-            return i - longest
-    return n
-
-
-def _repeats(window: _Ids, least: int, limit: int) -> dict[int, int]:
-    """For each token that would continue a repeat of the window's end: the length of the longest one, least..limit."""
-    last = len(window) - 1
-    lengths: dict[int, int] = {}
-    ends: _Ids = np.arange(last, dtype=np.int64)  # earlier places that agree with the last `length` tokens
-    for length in range(limit + 1):
-        if length >= least:
-            lengths.update(dict.fromkeys(window[ends + 1].tolist(), length))
-        ends = ends[ends >= length]
-        ends = ends[window[ends - length] == window[last - length]]
-        if not len(ends):
-            break
-    return lengths
 
 
 # ---- arithmetic that gives the same bits everywhere ----

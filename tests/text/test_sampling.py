@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from pyengine import _core
+from pyengine.dry import find_breakers
 from pyengine.errors import InvalidArgument, NumericError
-from pyengine.sampling import SAMPLERS, Sampler, SamplerSettings, find_breakers, philox4x64, uniform
+from pyengine.sampling import SAMPLERS, Sampler, SamplerSettings, philox4x64, uniform
 
 Scored = list[tuple[int, float]]  # (id, logit)
 
