@@ -255,8 +255,8 @@ typedef struct pe_session_options {
   uint32_t n_ctx;             /* positions of the KV cache; 0 (default): min(the model's context, 4096) */
   uint32_t n_threads;         /* threads when one token is evaluated; 0 (default): one per usable physical core */
   uint32_t n_threads_prefill; /* threads when several are; 0 (default): as n_threads */
-  int32_t kv_type;            /* tensor type of the cache: 1 = F16 (default), 0 = F32, 8 = Q8_0: about half of F16's memory and
-                                 reading, slightly different logits; head dimensions must be multiples of 32 */
+  int32_t kv_type;            /* tensor type of the cache: 1 = F16 (default), 0 = F32, 8 = Q8_0: about half of F16's
+                                 memory, slightly different logits; head dimensions must be multiples of 32 */
   uint32_t n_chunk;           /* tokens per prefill step, at most 1024; 0 (default): 256. No effect on any logit */
 } pe_session_options;
 

@@ -136,7 +136,7 @@ using StoreKvFn = void (*)(const float* x, size_t n, void* dst);  // one row
 // written to m[r], sum[r], acc[r * acc_stride + d]. max starts at -infinity and passes over a NaN (which spoils sum and acc
 // through its own p); a maximum of zero is +0. What a row gets never depends on the other rows of the call.
 inline constexpr size_t kAttnChunk = 256;  // positions; chunks are aligned to absolute positions
-inline constexpr size_t kAttnRows = 48;    // rows of a call that widening a chunk pays for; more are as good, fewer slower
+inline constexpr size_t kAttnRows = 48;    // rows of a call that widening a tile pays for; fewer are slower
 struct AttnArgs {
   const float* q;  // q + t * q_stride + h * head_dim_k
   size_t tokens, heads, q_stride;

@@ -17,18 +17,18 @@ struct Scratch {
     size_t at = 0;      // bytes from the start of the allocation
     size_t stride = 0;  // bytes from row to row
   };
-  Rows x;           // residual stream         [T][n_embd] float
-  Rows h;           // normed, attention out: what the next linear reads [max(T, threads)][max(n_embd, o_dim)]
-  Rows act[kActs];  // h, quantised            [max(T, threads)] activation rows (Q32, Q256)
-  Rows q, k, v;     // [T][q_dim | k_dim | v_dim]
-  Rows gate, up;    // [T][n_ff]; silu(gate) * up takes the place of gate
-  Rows ff[kActs];   // that, quantised         [T] activation rows (Q32, Q256)
-  Rows done;        // [1][n_ff / 32] uint32: how much of a block of gate there is
-  Rows out;         // [T][n_embd], what a block adds to the residual stream
-  Rows angles;      // [T][rope dims / 2][2]
-  Rows acc;         // attention over some chunks, before the division by sum: [slots][acc_stride], with
-  Rows max, sum;    // [1][slots]. Which slots stand for what: ops.cc
-  Rows work;        // [threads][attn_work]
+  Rows x;                  // residual stream         [T][n_embd] float
+  Rows h;                  // normed, attention out: what the next linear reads [max(T, threads)][max(n_embd, o_dim)]
+  Rows act[kActs];         // h, quantised            [max(T, threads)] activation rows (Q32, Q256)
+  Rows q, k, v;            // [T][q_dim | k_dim | v_dim]
+  Rows gate, up;           // [T][n_ff]; silu(gate) * up takes the place of gate
+  Rows ff[kActs];          // that, quantised         [T] activation rows (Q32, Q256)
+  Rows done;               // [1][n_ff / 32] uint32: how much of a block of gate there is
+  Rows out;                // [T][n_embd], what a block adds to the residual stream
+  Rows angles;             // [T][rope dims / 2][2]
+  Rows acc;                // attention over some chunks, before the division by sum: [slots][acc_stride], with
+  Rows max, sum;           // [1][slots]. Which slots stand for what: ops.cc
+  Rows work;               // [threads][attn_work]
   size_t acc_stride = 0;   // floats, head_dim_v padded
   size_t tile_tokens = 0;  // tokens whose queries of a KV head's group meet the keys together in prefill
   size_t bytes = 0;

@@ -347,7 +347,9 @@ void rotate_and_store(Team& team, Batch& b, size_t layer) {
   });
 }
 
-void attend(Team& team, Batch& b, size_t layer) { b.n <= kSplitTokens ? attend_few(team, b, layer) : attend_many(team, b, layer); }
+void attend(Team& team, Batch& b, size_t layer) {
+  b.n <= kSplitTokens ? attend_few(team, b, layer) : attend_many(team, b, layer);
+}
 
 void logits(Team& team, Batch& b) {
   const Tensor& w = b.weights.output;

@@ -11,7 +11,9 @@
 
 namespace pe {
 
-inline double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+inline double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // Time this thread has run: unlike seconds() it is not lengthened by other programs on the same core.
 inline double cpu_seconds() {
