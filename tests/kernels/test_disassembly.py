@@ -27,11 +27,11 @@ VECTOR = re.compile(r"\b[xyz]mm\d+\b")
 # (tier, object, functions, at least how many hot loops): what is looked at. Where fewer loops are found than this, the
 # object was not understood.
 HOT = [
-    ("avx2", "linear_q32", r"(many_tokens|linear)<.*Q(4_0|8_0)>", 6),
-    ("avx2", "linear_q5", r"(many_tokens|linear)<", 6),
-    ("avx2", "linear_q23k", r"(many_tokens|linear)<", 6),
-    ("avx2", "linear_q256", r"(many_tokens|linear)<", 6),
-    ("avx2", "linear_iq4", r"(many_tokens|linear)<", 6),
+    ("avx2", "linear_q32", r"multiply<", 6),
+    ("avx2", "linear_q5", r"multiply<", 6),
+    ("avx2", "linear_q23k", r"multiply<", 6),
+    ("avx2", "linear_q256", r"multiply<", 6),
+    ("avx2", "linear_iq4", r"multiply<", 6),
     ("avx512", "linear_q32", r"multiply_panel<", 6),
     ("avx512", "linear_q256", r"multiply_panel<", 6),
 ]
