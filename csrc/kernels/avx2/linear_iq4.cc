@@ -126,10 +126,17 @@ struct IQ4_XS {
   template <int kTokens>
   PE_NOINLINE static void multiply(const Panel& panel, const Slice<IQ4_XS, kTokens>& x, size_t, float* acc,
                                    size_t stride) {
-    __m256i sum[kTokens][2];
-    for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
-    for (size_t j = 0; j < 8; ++j) chain_wide<kTokens>(panel.levels[j], x.side, j, sum);
-    add_block(panel.d, x.scale, 0, sum, acc, stride);
+    __m256i whole[kTokens][2];
+    for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
+    for (size_t j = 0; j < 8; ++j) {
+      __m256i sum[kTokens][2];
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+      chain_wide<kTokens>(panel.levels[j], x.side, j, sum);
+      for (int t = 0; t < kTokens; ++t) {
+        for (int h = 0; h < 2; ++h) whole[t][h] = _mm256_add_epi32(whole[t][h], sum[t][h]);
+      }
+    }
+    add_block(panel.d, x.scale, 0, whole, acc, stride);
   }
 
   // Rows kR and kR + 4 against q (from the block on): four int32 each.

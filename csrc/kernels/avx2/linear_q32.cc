@@ -47,10 +47,11 @@ struct Q4_0 {
       for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = broadcast32(&x.side[t].centre[b]);
       chain<kTokens, 8, false>(panel.codes[b][0], x.q, 32 * b, sum);
       // a lane ends as 16 products of -8 .. 7 and +-127: at most 16256
+      const __m256i ones = fresh_ones();
       for (int t = 0; t < kTokens; ++t) {
         const __m256 a = _mm256_set1_ps(x.scale[t][b]);
         for (int h = 0; h < 2; ++h) {
-          const __m256i whole = _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1));
+          const __m256i whole = _mm256_madd_epi16(sum[t][h], ones);
           f[t][h] = add_term(f[t][h], panel.d[b][h], a, whole);
         }
       }

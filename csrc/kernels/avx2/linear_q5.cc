@@ -85,14 +85,16 @@ struct Nibbles {
       }
       // A lane ends as 16 products of +-127 and 0 .. 15, at most 30480, or -16 .. 15, at most 32512.
       chain<kTokens, 8, !kFifth>(panel.codes[b][0], x.q, 32 * b, sum);
+      const __m256i ones = fresh_ones();
       for (int t = 0; t < kTokens; ++t) {
         const __m256 a = _mm256_set1_ps(x.scale[t][b]);
         const __m256i total = kMin ? _mm256_set1_epi32(x.side[t].sum[b]) : _mm256_setzero_si256();
         for (int h = 0; h < 2; ++h) {
           float* to = acc + stride * static_cast<size_t>(t) + 8 * h;
           __m256 f = _mm256_loadu_ps(to);
-          __m256i whole = _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1));
+          __m256i whole = _mm256_madd_epi16(sum[t][h], ones);
           if constexpr (kMin && kFifth) whole = _mm256_add_epi32(whole, _mm256_slli_epi32(total, 4));
+          pin(whole);
           f = add_term(f, _mm256_loadu_ps(panel.d[b] + 8 * h), a, whole);
           if constexpr (kMin) f = add_term(f, _mm256_loadu_ps(panel.m[b] + 8 * h), a, total);
           _mm256_storeu_ps(to, f);

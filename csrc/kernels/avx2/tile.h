@@ -58,6 +58,13 @@ inline void pin(__m256i& v) {
 #endif
 }
 
+// int16 ones, made where they are used: kept across a chain they take a register that it needs.
+inline __m256i fresh_ones() {
+  __m256i v = _mm256_set1_epi16(-1);
+  pin(v);
+  return _mm256_srli_epi16(v, 15);
+}
+
 // 16 bytes of rows r and r + 4, in one half each.
 inline __m256i two_rows(const uint8_t* const row[8], int r, size_t at) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row[r] + at)), load128(row[r + 4] + at), 1);
