@@ -173,6 +173,8 @@ using AllFiniteFn = int (*)(const float* x, size_t n);
 
 struct KernelTable {
   LinearFn linear[kFormats];
+  size_t
+      linear_rows;  // of a matrix, that a call with many tokens wants: so often an activation is used once it is in the cache
   DequantiseFn dequantise[kFormats];
   QuantiseActFn quantise_act[kActs];
   RmsNormFn rms_norm;

@@ -15,11 +15,10 @@ namespace {
 constexpr size_t kTaskRowsMin = 32;
 constexpr size_t kTaskRowsMax = 384;
 constexpr size_t kTasksPerThread = 8;
-// With many tokens a task is up to kTaskRowsBatch rows, whole tiles, and about kTaskWork multiplications: a cancel is
-// polled between tasks, and the slowest scalar kernel takes 0.15 s for one.
-constexpr size_t kTaskRowsBatch = 64;
-constexpr size_t kTaskWork = size_t{1} << 26;
-constexpr size_t kTileRows = 16;
+// Many tokens: tasks of as many rows as the kernels want, if every thread gets some. A cancel is polled between tasks: the
+// slowest kernel, the scalar one, takes 0.15 s for its 16 rows.
+constexpr size_t kTasksPerThreadMany = 4;
+constexpr size_t kTileRows = 32;
 // Attention of many tokens: tiles a thread gets at least, where there are enough tokens.
 constexpr size_t kTilesPerThread = 4;
 
@@ -38,13 +37,13 @@ constexpr size_t whole_tiles(size_t rows, size_t low, size_t high) {
 struct Tasks {
   size_t rows, long_rows, short_rows, n_long, count;
 
-  // `matrices`: how many are multiplied with each row's index.
-  Tasks(const Team& team, size_t rows_, size_t cols, size_t tokens, size_t matrices = 1) : rows(rows_) {
+  Tasks(const Team& team, const Batch& b, size_t rows_, size_t tokens) : rows(rows_) {
     if (tokens == 1) {
       long_rows = whole_tiles(rows / (kTasksPerThread * team.size()), kTaskRowsMin, kTaskRowsMax);
       short_rows = whole_tiles(long_rows / 4, kTaskRowsMin, kTaskRowsMax);
     } else {
-      long_rows = whole_tiles(kTaskWork / (cols * tokens * matrices), kTileRows, kTaskRowsBatch / matrices);
+      const size_t wanted = b.kernels.linear_rows;
+      long_rows = whole_tiles(rows / (kTasksPerThreadMany * team.size()), std::min(wanted, kTileRows), wanted);
       short_rows = long_rows;
     }
     n_long = rows * 3 / 4 / long_rows;
@@ -248,7 +247,7 @@ namespace {
 void linear_from(Team& team, Batch& b, const Input& x, const Job* jobs, size_t count) {
   size_t rows = 0;
   for (size_t j = 0; j < count; ++j) rows += jobs[j].w->rows;
-  const Tasks tasks(team, rows, jobs[0].w->cols, b.n);  // all jobs read the same: they have the same columns
+  const Tasks tasks(team, b, rows, b.n);
   each(team, tasks.count, [&](size_t task) {
     const size_t begin = tasks.begin(task), end = tasks.end(task);
     size_t first = 0;  // the job's first row among all rows
@@ -299,7 +298,7 @@ void linear(Team& team, Batch& b, const Job* jobs, size_t count) { linear_from(t
 
 void gate_up(Team& team, Batch& b, const Tensor& gate, const Tensor& up, Act act) {
   const Input x = hidden(team, b);
-  const Tasks tasks(team, b.config.n_ff, gate.cols, b.n, 2);
+  const Tasks tasks(team, b, b.config.n_ff, b.n);
   const auto multiply = [&](const Tensor& w, const Scratch::Rows& y, size_t r0, size_t r1) {
     linear_rows(b, w, x, b.n, r0, r1, b.row(y, 0), y.stride / sizeof(float));
   };
@@ -355,7 +354,7 @@ void logits(Team& team, Batch& b) {
   const Tensor& w = b.weights.output;
   const size_t tokens = b.n - b.first_row;
   const Input x = hidden(team, b, b.first_row);
-  const Tasks tasks(team, w.rows, w.cols, tokens);
+  const Tasks tasks(team, b, w.rows, tokens);
   each(team, tasks.count, [&](size_t task) {
     if (cancelled(b)) return;
     linear_rows(b, w, x, tokens, tasks.begin(task), tasks.end(task), b.logits, b.config.n_vocab);

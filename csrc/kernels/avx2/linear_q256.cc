@@ -366,6 +366,7 @@ struct Q6_K {
 }  // namespace
 
 void avx2_linear_q256(KernelTable* table) {
+  table->linear_rows = 4 * kPanelRows;
   table->linear[static_cast<int>(Format::Q4_K)] = linear<Q4_K>;
   table->linear[static_cast<int>(Format::Q5_K)] = linear<Q5_K>;
   table->linear[static_cast<int>(Format::Q6_K)] = linear<Q6_K>;

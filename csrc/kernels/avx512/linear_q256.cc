@@ -31,40 +31,50 @@ struct Q256 {
     __m512 d, dmin;
   };
 
-  template <int P, int T>
-  static PE_INLINE void multiply(const __m512i* codes, const Head& head, const Tokens<T>& x, size_t block, __m512i* sum,
-                                 __m512*) {
+  template <int P, int T, int R>
+  static PE_INLINE void multiply(const __m512i* const* codes, const Head* const* head, const Tokens<T>& x, size_t block,
+                                 __m512i (*sum)[T], __m512 (*)[T]) {
     constexpr int kSteps = kSubBlock / 4;
     PE_UNROLL
     for (int i = 0; i < kCodes / kSteps; ++i) {
       constexpr auto sub = sub_block<kSubBlock, P>;
-      __m512i part[T];
+      __m512i part[R][T];
       PE_UNROLL
-      for (int t = 0; t < T; ++t) part[t] = _mm512_setzero_si512();
-      chain<T, kSteps>(codes + kSteps * i, x, 256 * block + static_cast<size_t>(kSubBlock * sub(i)), part);
-      const __m512i scale = load512(&head.scale[sub(i)]);
+      for (int r = 0; r < R; ++r) {
+        PE_UNROLL
+        for (int t = 0; t < T; ++t) part[r][t] = _mm512_setzero_si512();
+      }
+      chain<T, R, kSteps>(codes, kSteps * i, x, 256 * block + static_cast<size_t>(kSubBlock * sub(i)), part);
       PE_UNROLL
-      for (int t = 0; t < T; ++t) {
-        sum[t] = _mm512_add_epi32(sum[t], _mm512_mullo_epi32(part[t], scale));
-        pin(sum[t]);
+      for (int r = 0; r < R; ++r) {
+        const __m512i scale = load512(&head[r]->scale[sub(i)]);
+        PE_UNROLL
+        for (int t = 0; t < T; ++t) {
+          sum[r][t] = _mm512_add_epi32(sum[r][t], _mm512_mullo_epi32(part[r][t], scale));
+          pin(sum[r][t]);
+        }
       }
     }
   }
 
-  template <int T>
-  static PE_INLINE void finish(const Head& head, const Tokens<T>& x, size_t block, __m512i* sum, __m512* acc) {
+  template <int T, int R>
+  static PE_INLINE void finish(const Head* const* head, const Tokens<T>& x, size_t block, __m512i (*sum)[T],
+                               __m512 (*acc)[T]) {
     PE_UNROLL
     for (int t = 0; t < T; ++t) {
       const int16_t* s = kSubBlock == 32 ? x.sum32(t) + 8 * block : x.sum16(t) + 16 * block;
-      __m512i m = _mm512_setzero_si512();
-      PE_UNROLL
-      for (int j = 0; j < kSubs / 2; ++j) m = _mm512_dpwssd_epi32(m, head.pair[j], broadcast32(s + 2 * j));
       const float a = x.scale(t, block);
-      if constexpr (kMinima) {
-        acc[t] = add_term(acc[t], head.d, a, sum[t]);
-        acc[t] = subtract_term(acc[t], head.dmin, a, m);
-      } else {
-        acc[t] = add_term(acc[t], head.d, a, _mm512_sub_epi32(sum[t], _mm512_slli_epi32(m, kShift)));
+      PE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        __m512i m = _mm512_setzero_si512();
+        PE_UNROLL
+        for (int j = 0; j < kSubs / 2; ++j) m = _mm512_dpwssd_epi32(m, head[r]->pair[j], broadcast32(s + 2 * j));
+        if constexpr (kMinima) {
+          acc[r][t] = add_term(acc[r][t], head[r]->d, a, sum[r][t]);
+          acc[r][t] = subtract_term(acc[r][t], head[r]->dmin, a, m);
+        } else {
+          acc[r][t] = add_term(acc[r][t], head[r]->d, a, _mm512_sub_epi32(sum[r][t], _mm512_slli_epi32(m, kShift)));
+        }
       }
     }
   }
@@ -216,14 +226,17 @@ struct IQ4_XS : Q256<IQ4_XS, 32, false, 7> {
 };
 
 // Codes that are already multiplied with their scale: a block is one chain of 64 steps.
-template <int P, int T>
-PE_INLINE void multiply_products(const __m512i* codes, const Tokens<T>& x, size_t block, __m512i* sum) {
-  PE_UNROLL
-  for (int i = 0; i < 4; ++i)
-    chain<T, 4>(codes + 4 * i, x, 256 * block + static_cast<size_t>(16 * sub_block<16, P>(i)), sum);
-}
+struct Products {
+  template <int P, int T, int R, class Head>
+  static PE_INLINE void multiply(const __m512i* const* codes, const Head* const*, const Tokens<T>& x, size_t block,
+                                 __m512i (*sum)[T], __m512 (*)[T]) {
+    PE_UNROLL
+    for (int i = 0; i < 4; ++i)
+      chain<T, R, 4>(codes, 4 * i, x, 256 * block + static_cast<size_t>(16 * sub_block<16, P>(i)), sum);
+  }
+};
 
-struct Q2_K {
+struct Q2_K : Products {
   using Block = BlockQ2_K;
   static constexpr size_t kBlock = 256;
   static constexpr int kParts = 4, kCodes = 16;
@@ -266,29 +279,27 @@ struct Q2_K {
     }
   }
 
-  template <int P, int T>
-  static PE_INLINE void multiply(const __m512i* codes, const Head&, const Tokens<T>& x, size_t block, __m512i* sum,
-                                 __m512*) {
-    multiply_products<P, T>(codes, x, block, sum);
-  }
-
-  template <int T>
-  static PE_INLINE void finish(const Head& head, const Tokens<T>& x, size_t block, __m512i* sum, __m512* acc) {
+  template <int T, int R>
+  static PE_INLINE void finish(const Head* const* head, const Tokens<T>& x, size_t block, __m512i (*sum)[T],
+                               __m512 (*acc)[T]) {
     PE_UNROLL
     for (int t = 0; t < T; ++t) {
-      __m512i m = _mm512_setzero_si512();
-      PE_UNROLL
-      for (int j = 0; j < 8; ++j)
-        m = _mm512_dpwssd_epi32(m, head.pair[j], broadcast32(x.sum16(t) + 16 * block + 2 * j));
       const float a = x.scale(t, block);
-      acc[t] = add_term(acc[t], head.d, a, sum[t]);
-      acc[t] = subtract_term(acc[t], head.dmin, a, m);
+      PE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        __m512i m = _mm512_setzero_si512();
+        PE_UNROLL
+        for (int j = 0; j < 8; ++j)
+          m = _mm512_dpwssd_epi32(m, head[r]->pair[j], broadcast32(x.sum16(t) + 16 * block + 2 * j));
+        acc[r][t] = add_term(acc[r][t], head[r]->d, a, sum[r][t]);
+        acc[r][t] = subtract_term(acc[r][t], head[r]->dmin, a, m);
+      }
     }
   }
 };
 
 // (u - 4) (sc - 32) lies in -124 .. 128: with kOffset it is a byte.
-struct Q3_K {
+struct Q3_K : Products {
   using Block = BlockQ3_K;
   static constexpr size_t kBlock = 256;
   static constexpr int kParts = 4, kCodes = 16, kOffset = 124;
@@ -349,21 +360,18 @@ struct Q3_K {
     }
   }
 
-  template <int P, int T>
-  static PE_INLINE void multiply(const __m512i* codes, const Head&, const Tokens<T>& x, size_t block, __m512i* sum,
-                                 __m512*) {
-    multiply_products<P, T>(codes, x, block, sum);
-  }
-
-  template <int T>
-  static PE_INLINE void finish(const Head& head, const Tokens<T>& x, size_t block, __m512i* sum, __m512* acc) {
+  template <int T, int R>
+  static PE_INLINE void finish(const Head* const* head, const Tokens<T>& x, size_t block, __m512i (*sum)[T],
+                               __m512 (*acc)[T]) {
     const __m512i offset = _mm512_set1_epi16(-kOffset);
     PE_UNROLL
     for (int t = 0; t < T; ++t) {
+      __m512i m = _mm512_setzero_si512();  // the same for all rows
       PE_UNROLL
-      for (int j = 0; j < 4; ++j)
-        sum[t] = _mm512_dpwssd_epi32(sum[t], offset, broadcast32(x.sum32(t) + 8 * block + 2 * j));
-      acc[t] = add_term(acc[t], head.d, x.scale(t, block), sum[t]);
+      for (int j = 0; j < 4; ++j) m = _mm512_dpwssd_epi32(m, offset, broadcast32(x.sum32(t) + 8 * block + 2 * j));
+      PE_UNROLL
+      for (int r = 0; r < R; ++r)
+        acc[r][t] = add_term(acc[r][t], head[r]->d, x.scale(t, block), _mm512_add_epi32(sum[r][t], m));
     }
   }
 };
@@ -371,6 +379,7 @@ struct Q3_K {
 }  // namespace
 
 void avx512_linear_q256(KernelTable* table) {
+  table->linear_rows = kBlockRows;
   use<Q2_K>(table, Format::Q2_K, One::kHere);
   use<Q3_K>(table, Format::Q3_K, One::kBelow);
   use<Q4_K>(table, Format::Q4_K, One::kBelow);

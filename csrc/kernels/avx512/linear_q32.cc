@@ -23,29 +23,36 @@ struct Q32 {
     __m512i high;  // Q5: the fifth bits
   };
 
-  template <int P, int T>
-  static PE_INLINE void multiply(const __m512i* codes, const Head& head, const Tokens<T>& x, size_t block, __m512i* sum,
-                                 __m512* acc) {
+  template <int P, int T, int R>
+  static PE_INLINE void multiply(const __m512i* const* codes, const Head* const* head, const Tokens<T>& x, size_t block,
+                                 __m512i (*sum)[T], __m512 (*acc)[T]) {
     // (sum of an even block, of the odd one after it): one of the two times -offset starts the chain
     const __m512i offset = _mm512_set1_epi32(block % 2 == 0 ? -Format::kOffset & 0xffff : -Format::kOffset * 65536);
     if constexpr (Format::kOffset != 0) {
       PE_UNROLL
-      for (int t = 0; t < T; ++t) sum[t] = _mm512_madd_epi16(broadcast32(x.sum32(t) + block / 2 * 2), offset);
+      for (int t = 0; t < T; ++t) {
+        const __m512i start = _mm512_madd_epi16(broadcast32(x.sum32(t) + block / 2 * 2), offset);
+        PE_UNROLL
+        for (int r = 0; r < R; ++r) sum[r][t] = start;
+      }
     }
-    chain<T, 8>(codes, x, 32 * block, sum);
+    chain<T, R, 8>(codes, 0, x, 32 * block, sum);
     PE_UNROLL
     for (int t = 0; t < T; ++t) {
       const float a = x.scale(t, block);
-      acc[t] = add_term(acc[t], head.d, a, sum[t]);
-      if constexpr (Format::kMinimum) {
-        const __m512 s = _mm512_set1_ps(static_cast<float>(x.sum32(t)[block]));
-        acc[t] = _mm512_fmadd_ps(_mm512_mul_ps(head.m, _mm512_set1_ps(a)), s, acc[t]);
+      PE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        acc[r][t] = add_term(acc[r][t], head[r]->d, a, sum[r][t]);
+        if constexpr (Format::kMinimum) {
+          const __m512 s = _mm512_set1_ps(static_cast<float>(x.sum32(t)[block]));
+          acc[r][t] = _mm512_fmadd_ps(_mm512_mul_ps(head[r]->m, _mm512_set1_ps(a)), s, acc[r][t]);
+        }
       }
     }
   }
 
-  template <int T>
-  static PE_INLINE void finish(const Head&, const Tokens<T>&, size_t, __m512i*, __m512*) {}
+  template <int T, int R>
+  static PE_INLINE void finish(const Head* const*, const Tokens<T>&, size_t, __m512i (*)[T], __m512 (*)[T]) {}
 
  protected:
   // 16 bytes of nibbles: columns 0-15 in the low ones, 16-31 in the high ones.

@@ -31,8 +31,11 @@ namespace pe {
 namespace {
 
 constexpr size_t kRows = 16;
-constexpr size_t kBatch = 256;  // tokens that meet a panel before the next is decoded: their codes stay in the L2 cache
-constexpr int kGroup = 8;       // tokens multiplied at once
+constexpr int kFew = 8;    // tokens that meet every weight as it is decoded
+constexpr int kGroup = 6;  // of more tokens: multiplied at once with kPanels panels, 24 sums in 32 registers
+constexpr int kPanels = 2;
+constexpr size_t kBatch = 128;      // tokens that meet a panel before the next is decoded
+constexpr size_t kBlockRows = 128;  // rows that meet the same 256 columns of a batch: acc takes 64 KiB of the stack
 
 PE_INLINE __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 PE_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
@@ -113,14 +116,20 @@ PE_INLINE void pin(__m512i& v) {
 #endif
 }
 
-// sum[t] += S steps times the activations of token t from column `at` on.
-template <int T, int S>
-PE_INLINE void chain(const __m512i* codes, const Tokens<T>& x, size_t at, __m512i* sum) {
+// sum[r][t] += S steps of row group r, from step `first` on, times the activations of token t from column `at` on.
+template <int T, int R, int S>
+PE_INLINE void chain(const __m512i* const* codes, int first, const Tokens<T>& x, size_t at, __m512i (*sum)[T]) {
   PE_UNROLL
   for (int s = 0; s < S; ++s) {
-    const __m512i w = load512(codes + s);
+    __m512i w[R];
     PE_UNROLL
-    for (int t = 0; t < T; ++t) sum[t] = _mm512_dpbusd_epi32(sum[t], w, broadcast32(x.q[t] + at + 4 * s));
+    for (int r = 0; r < R; ++r) w[r] = load512(codes[r] + first + s);
+    PE_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const __m512i q = broadcast32(x.q[t] + at + 4 * s);
+      PE_UNROLL
+      for (int r = 0; r < R; ++r) sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], w[r], q);
+    }
   }
 }
 
@@ -152,8 +161,10 @@ inline void row_pointers(const LinearArgs& args, size_t row, const uint8_t** out
 //   K::Head                                         what the block has besides codes
 //   K::head(rows, at, &head)                        the block at byte `at` of every row
 //   K::codes<P>(rows, at, head, codes)              steps of part P
-//   K::multiply<P, T>(codes, head, x, block, sum, acc)
-//   K::finish<T>(head, x, block, sum, acc)          acc [T] floats of 16 rows; sum [T] int32, zero at the block's start
+//   K::multiply<P, T, R>(codes, head, x, block, sum, acc)   R groups of 16 rows
+//   K::finish<T, R>(head, x, block, sum, acc)       acc [R][T] floats of 16 rows; sum [R][T] int32, zero at the block's start
+
+// 16 rows, as many columns as one block of 256 has.
 template <class K>
 struct Panel {
   static constexpr int kBlocks = 256 / static_cast<int>(K::kBlock);
@@ -179,83 +190,114 @@ inline void decode(const uint8_t* const* rows, size_t first, size_t n, Panel<K>*
   }
 }
 
-template <class K, int P, int T>
-PE_INLINE void multiply_parts(const __m512i (*codes)[K::kCodes], const typename K::Head& head, const Tokens<T>& x,
-                              size_t block, __m512i* sum, __m512* acc) {
+template <class K, int P, int T, int R>
+PE_INLINE void multiply_parts(const Panel<K>* panels, size_t b, const Tokens<T>& x, size_t block, __m512i (*sum)[T],
+                              __m512 (*acc)[T]) {
   if constexpr (P < K::kParts) {
-    K::template multiply<P, T>(codes[P], head, x, block, sum, acc);
-    multiply_parts<K, P + 1, T>(codes, head, x, block, sum, acc);
+    const __m512i* codes[R];
+    const typename K::Head* head[R];
+    for (int r = 0; r < R; ++r) {
+      codes[r] = panels[r].codes[b][P];
+      head[r] = &panels[r].head[b];
+    }
+    K::template multiply<P, T, R>(codes, head, x, block, sum, acc);
+    multiply_parts<K, P + 1, T, R>(panels, b, x, block, sum, acc);
   }
 }
 
-// acc [T][16] += panel * T tokens.
-template <class K, int T>
-__attribute__((noinline)) void multiply_panel(const Panel<K>& panel, const LinearArgs& args, const ActLayout& at,
+// acc[R][T][16] += R panels * T tokens; a panel's acc lie kBatch apart.
+template <class K, int T, int R>
+__attribute__((noinline)) void multiply_panel(const Panel<K>* panels, const LinearArgs& args, const ActLayout& at,
                                               size_t token, size_t first, size_t n, float (*acc)[kRows]) {
   const Tokens<T> x(args, at, token);
-  __m512 f[T];
-  PE_UNROLL
-  for (int t = 0; t < T; ++t) f[t] = _mm512_load_ps(acc[t]);
-  for (size_t b = 0; b < n; ++b) {
-    __m512i sum[T];
+  __m512 f[R][T];
+  const auto load = [&] {
     PE_UNROLL
-    for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();
-    multiply_parts<K, 0, T>(panel.codes[b], panel.head[b], x, first + b, sum, f);
-    K::template finish<T>(panel.head[b], x, first + b, sum, f);
+    for (int r = 0; r < R; ++r) {
+      PE_UNROLL
+      for (int t = 0; t < T; ++t) f[r][t] = _mm512_load_ps(acc[r * kBatch + t]);
+    }
+  };
+  if constexpr (K::kBlock == 32) load();
+  for (size_t b = 0; b < n; ++b) {
+    __m512i sum[R][T];
+    PE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      PE_UNROLL
+      for (int t = 0; t < T; ++t) sum[r][t] = _mm512_setzero_si512();
+    }
+    multiply_parts<K, 0, T, R>(panels, b, x, first + b, sum, f);
+    if constexpr (K::kBlock == 256) load();  // only now: before, there is no register for it
+    const typename K::Head* head[R];
+    for (int r = 0; r < R; ++r) head[r] = &panels[r].head[b];
+    K::template finish<T, R>(head, x, first + b, sum, f);
   }
   PE_UNROLL
-  for (int t = 0; t < T; ++t) _mm512_store_ps(acc[t], f[t]);
+  for (int r = 0; r < R; ++r) {
+    PE_UNROLL
+    for (int t = 0; t < T; ++t) _mm512_store_ps(acc[r * kBatch + t], f[r][t]);
+  }
 }
 
 template <class K>
-void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size_t tokens) {
-  using MultiplyFn =
-      void (*)(const Panel<K>&, const LinearArgs&, const ActLayout&, size_t, size_t, size_t, float (*)[kRows]);
-  static constexpr MultiplyFn kMultiply[kGroup + 1] = {
+using MultiplyFn = void (*)(const Panel<K>*, const LinearArgs&, const ActLayout&, size_t, size_t, size_t,
+                            float (*)[kRows]);
+
+// Up to kBlockRows rows from `row` on times up to kBatch tokens. Columns outermost: what the tokens have in 256 of them stays in
+// the second-level cache while all rows meet it; from the third, 16 rows at a time, it comes too slowly.
+template <class K>
+void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size_t tokens, size_t row, size_t rows) {
+  static constexpr MultiplyFn<K> kMultiply[kGroup + 1] = {
       nullptr,
-      multiply_panel<K, 1>,
-      multiply_panel<K, 2>,
-      multiply_panel<K, 3>,
-      multiply_panel<K, 4>,
-      multiply_panel<K, 5>,
-      multiply_panel<K, 6>,
-      multiply_panel<K, 7>,
-      multiply_panel<K, 8>,
+      nullptr,
+      nullptr,
+      nullptr,
+      multiply_panel<K, 4, kPanels>,
+      multiply_panel<K, 5, kPanels>,
+      multiply_panel<K, 6, kPanels>,
   };
   constexpr size_t kBlocks = Panel<K>::kBlocks;
-  alignas(64) Panel<K> panel;
-  alignas(64) float acc[kBatch][kRows];
+  alignas(64) Panel<K> panels[kPanels];
+  alignas(64) float acc[kBlockRows / kRows][kBatch][kRows];
+  const uint8_t* pointers[kBlockRows / kRows][kRows];
+  const size_t panels_of_rows = (rows + kRows * kPanels - 1) / (kRows * kPanels) * kPanels;
+  for (size_t p = 0; p < panels_of_rows; ++p) {
+    row_pointers(args, row + p * kRows, pointers[p]);
+    memset(acc[p], 0, tokens * sizeof acc[p][0]);
+  }
   const size_t blocks = args.cols / K::kBlock;
-  // Groups of equal size, as far as it goes: 9 tokens are 5 + 4, not 8 + 1.
+  // Groups of equal size, as far as it goes: 9 tokens are 5 + 4.
   const size_t groups = (tokens + kGroup - 1) / kGroup;
-  for (size_t row = 0; row < args.rows; row += kRows) {
-    const uint8_t* rows[kRows];
-    row_pointers(args, row, rows);
-    memset(acc, 0, tokens * sizeof acc[0]);
-    for (size_t b = 0; b < blocks; b += kBlocks) {
-      const size_t n = blocks - b < kBlocks ? blocks - b : kBlocks;
-      decode<K>(rows, b, n, &panel);
-      prefetch(rows[0] + kRows * (args.w_stride + b * sizeof(typename K::Block)),
-               kRows * n * sizeof(typename K::Block));
+  for (size_t b = 0; b < blocks; b += kBlocks) {
+    const size_t n = blocks - b < kBlocks ? blocks - b : kBlocks;
+    for (size_t p = 0; p < panels_of_rows; p += kPanels) {
+      for (size_t r = 0; r < kPanels; ++r) decode<K>(pointers[p + r], b, n, &panels[r]);
       for (size_t g = 0; g < groups; ++g) {
         const size_t t = g * tokens / groups;
-        kMultiply[(g + 1) * tokens / groups - t](panel, args, at, token + t, b, n, acc + t);
+        for (size_t i = g * kRows * kPanels / groups; i < (g + 1) * kRows * kPanels / groups; ++i)
+          prefetch(pointers[p + i / kRows][i % kRows] + (b + n) * sizeof(typename K::Block),
+                   n * sizeof(typename K::Block));
+        kMultiply[(g + 1) * tokens / groups - t](panels, args, at, token + t, b, n, acc[p] + t);
       }
     }
-    const size_t left = args.rows - row;
+  }
+  for (size_t p = 0; p * kRows < rows; ++p) {
+    const size_t left = rows - p * kRows;
     const auto mask = static_cast<__mmask16>(left < kRows ? (1u << left) - 1 : 0xffffu);
     for (size_t t = 0; t < tokens; ++t)
-      _mm512_mask_storeu_ps(args.y + (token + t) * args.y_stride + row, mask, _mm512_load_ps(acc[t]));
+      _mm512_mask_storeu_ps(args.y + (token + t) * args.y_stride + row + p * kRows, mask, _mm512_load_ps(acc[p][t]));
   }
 }
 
 template <class K, int P, int T>
 PE_INLINE void few_parts(const uint8_t* const* rows, size_t at, const typename K::Head& head, const Tokens<T>& x,
-                         size_t block, __m512i* sum, __m512* acc) {
+                         size_t block, __m512i (*sum)[T], __m512 (*acc)[T]) {
   if constexpr (P < K::kParts) {
     __m512i codes[K::kCodes];
     K::template codes<P>(rows, at, head, codes);
-    K::template multiply<P, T>(codes, head, x, block, sum, acc);
+    const __m512i* const code = codes;
+    const typename K::Head* const h = &head;
+    K::template multiply<P, T, 1>(&code, &h, x, block, sum, acc);
     few_parts<K, P + 1, T>(rows, at, head, x, block, sum, acc);
   }
 }
@@ -269,24 +311,25 @@ void few_tokens(const LinearArgs& args, const ActLayout& at) {
     const uint8_t* rows[kRows];
     row_pointers(args, row, rows);
     const uint8_t* ahead = rows[0] + kRows * args.w_stride;
-    __m512 acc[T];
+    __m512 acc[1][T];
     PE_UNROLL
-    for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
+    for (int t = 0; t < T; ++t) acc[0][t] = _mm512_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       constexpr size_t kBytes = sizeof(typename K::Block);
       prefetch(ahead + kRows * b * kBytes, kRows * kBytes);
       typename K::Head head;
       K::head(rows, b * kBytes, &head);
-      __m512i sum[T];
+      __m512i sum[1][T];
       PE_UNROLL
-      for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();
+      for (int t = 0; t < T; ++t) sum[0][t] = _mm512_setzero_si512();
       few_parts<K, 0, T>(rows, b * kBytes, head, x, b, sum, acc);
-      K::template finish<T>(head, x, b, sum, acc);
+      const typename K::Head* const h = &head;
+      K::template finish<T, 1>(&h, x, b, sum, acc);
     }
     const size_t left = args.rows - row;
     const auto mask = static_cast<__mmask16>(left < kRows ? (1u << left) - 1 : 0xffffu);
     for (int t = 0; t < T; ++t)
-      _mm512_mask_storeu_ps(args.y + static_cast<size_t>(t) * args.y_stride + row, mask, acc[t]);
+      _mm512_mask_storeu_ps(args.y + static_cast<size_t>(t) * args.y_stride + row, mask, acc[0][t]);
   }
 }
 
@@ -298,17 +341,20 @@ LinearFn one_token = nullptr;
 template <class K>
 void linear(const LinearArgs& args) {
   using FewFn = void (*)(const LinearArgs&, const ActLayout&);
-  static constexpr FewFn kFew[kGroup + 1] = {
+  static constexpr FewFn kFewTokens[kFew + 1] = {
       nullptr,          few_tokens<K, 1>, few_tokens<K, 2>, few_tokens<K, 3>, few_tokens<K, 4>,
       few_tokens<K, 5>, few_tokens<K, 6>, few_tokens<K, 7>, few_tokens<K, 8>,
   };
   if (args.tokens == 1 && one_token<K>) return one_token<K>(args);
   const ActLayout at = act_layout(K::kBlock == 32 ? Act::Q32 : Act::Q256, args.cols);
-  if (args.tokens <= kGroup) return kFew[args.tokens](args, at);
+  if (args.tokens <= kFew) return kFewTokens[args.tokens](args, at);
   const size_t batches = (args.tokens + kBatch - 1) / kBatch;
-  for (size_t i = 0; i < batches; ++i) {
-    const size_t t = i * args.tokens / batches;
-    many_tokens<K>(args, at, t, (i + 1) * args.tokens / batches - t);
+  for (size_t row = 0; row < args.rows; row += kBlockRows) {
+    const size_t rows = args.rows - row < kBlockRows ? args.rows - row : kBlockRows;
+    for (size_t i = 0; i < batches; ++i) {
+      const size_t t = i * args.tokens / batches;
+      many_tokens<K>(args, at, t, (i + 1) * args.tokens / batches - t, row, rows);
+    }
   }
 }
 

@@ -346,6 +346,7 @@ void set_float(KernelTable* table, Format format) {
 }  // namespace
 
 void scalar_linear(KernelTable* table) {
+  table->linear_rows = 16;
   set_float<F32>(table, Format::F32);
   set_float<F16>(table, Format::F16);
   set_float<BF16>(table, Format::BF16);
