@@ -23,6 +23,7 @@ PE_INLINE constexpr int sub_block(int i) {
 template <class Format, int kSubBlock, bool kMinima, int kShift>
 struct Q256 {
   static constexpr size_t kBlock = 256;
+  static constexpr bool kFinish = true;
   static constexpr int kParts = 4, kCodes = 16, kSubs = 256 / kSubBlock;
   struct Head {
     __m512i scale[kSubs];     // int32 of 16 rows
@@ -57,25 +58,18 @@ struct Q256 {
     }
   }
 
-  template <int T, int R>
-  static PE_INLINE void finish(const Head* const* head, const Tokens<T>& x, size_t block, __m512i (*sum)[T],
-                               __m512 (*acc)[T]) {
+  template <int T>
+  static PE_INLINE __m512 finish(const Head& head, const Tokens<T>& x, int t, size_t block, __m512i sum, __m512 acc) {
+    const int16_t* s = kSubBlock == 32 ? x.sum32(t) + 8 * block : x.sum16(t) + 16 * block;
+    __m512i m = _mm512_setzero_si512();
     PE_UNROLL
-    for (int t = 0; t < T; ++t) {
-      const int16_t* s = kSubBlock == 32 ? x.sum32(t) + 8 * block : x.sum16(t) + 16 * block;
-      const float a = x.scale(t, block);
-      PE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        __m512i m = _mm512_setzero_si512();
-        PE_UNROLL
-        for (int j = 0; j < kSubs / 2; ++j) m = _mm512_dpwssd_epi32(m, head[r]->pair[j], broadcast32(s + 2 * j));
-        if constexpr (kMinima) {
-          acc[r][t] = add_term(acc[r][t], head[r]->d, a, sum[r][t]);
-          acc[r][t] = subtract_term(acc[r][t], head[r]->dmin, a, m);
-        } else {
-          acc[r][t] = add_term(acc[r][t], head[r]->d, a, _mm512_sub_epi32(sum[r][t], _mm512_slli_epi32(m, kShift)));
-        }
-      }
+    for (int j = 0; j < kSubs / 2; ++j) m = _mm512_dpwssd_epi32(m, head.pair[j], broadcast32(s + 2 * j));
+    pin(m);
+    const float a = x.scale(t, block);
+    if constexpr (kMinima) {
+      return subtract_term(add_term(acc, head.d, a, sum), head.dmin, a, m);
+    } else {
+      return add_term(acc, head.d, a, _mm512_sub_epi32(sum, _mm512_slli_epi32(m, kShift)));
     }
   }
 };
@@ -231,14 +225,21 @@ struct Products {
   static PE_INLINE void multiply(const __m512i* const* codes, const Head* const*, const Tokens<T>& x, size_t block,
                                  __m512i (*sum)[T], __m512 (*)[T]) {
     PE_UNROLL
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
       chain<T, R, 4>(codes, 4 * i, x, 256 * block + static_cast<size_t>(16 * sub_block<16, P>(i)), sum);
+      PE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        PE_UNROLL
+        for (int t = 0; t < T; ++t) pin(sum[r][t]);
+      }
+    }
   }
 };
 
 struct Q2_K : Products {
   using Block = BlockQ2_K;
   static constexpr size_t kBlock = 256;
+  static constexpr bool kFinish = true;
   static constexpr int kParts = 4, kCodes = 16;
   struct Head {
     __m512i scale[4];  // byte j % 4 of each dword of scale[j / 4]: sub-block j
@@ -279,22 +280,14 @@ struct Q2_K : Products {
     }
   }
 
-  template <int T, int R>
-  static PE_INLINE void finish(const Head* const* head, const Tokens<T>& x, size_t block, __m512i (*sum)[T],
-                               __m512 (*acc)[T]) {
+  template <int T>
+  static PE_INLINE __m512 finish(const Head& head, const Tokens<T>& x, int t, size_t block, __m512i sum, __m512 acc) {
+    __m512i m = _mm512_setzero_si512();
     PE_UNROLL
-    for (int t = 0; t < T; ++t) {
-      const float a = x.scale(t, block);
-      PE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        __m512i m = _mm512_setzero_si512();
-        PE_UNROLL
-        for (int j = 0; j < 8; ++j)
-          m = _mm512_dpwssd_epi32(m, head[r]->pair[j], broadcast32(x.sum16(t) + 16 * block + 2 * j));
-        acc[r][t] = add_term(acc[r][t], head[r]->d, a, sum[r][t]);
-        acc[r][t] = subtract_term(acc[r][t], head[r]->dmin, a, m);
-      }
-    }
+    for (int j = 0; j < 8; ++j) m = _mm512_dpwssd_epi32(m, head.pair[j], broadcast32(x.sum16(t) + 16 * block + 2 * j));
+    pin(m);
+    const float a = x.scale(t, block);
+    return subtract_term(add_term(acc, head.d, a, sum), head.dmin, a, m);
   }
 };
 
@@ -302,6 +295,7 @@ struct Q2_K : Products {
 struct Q3_K : Products {
   using Block = BlockQ3_K;
   static constexpr size_t kBlock = 256;
+  static constexpr bool kFinish = true;
   static constexpr int kParts = 4, kCodes = 16, kOffset = 124;
   struct Head {
     __m512i scale[4];  // 6-bit sc: byte j % 4 of each dword of scale[j / 4] is sub-block j
@@ -360,19 +354,13 @@ struct Q3_K : Products {
     }
   }
 
-  template <int T, int R>
-  static PE_INLINE void finish(const Head* const* head, const Tokens<T>& x, size_t block, __m512i (*sum)[T],
-                               __m512 (*acc)[T]) {
+  template <int T>
+  static PE_INLINE __m512 finish(const Head& head, const Tokens<T>& x, int t, size_t block, __m512i sum, __m512 acc) {
     const __m512i offset = _mm512_set1_epi16(-kOffset);
     PE_UNROLL
-    for (int t = 0; t < T; ++t) {
-      __m512i m = _mm512_setzero_si512();  // the same for all rows
-      PE_UNROLL
-      for (int j = 0; j < 4; ++j) m = _mm512_dpwssd_epi32(m, offset, broadcast32(x.sum32(t) + 8 * block + 2 * j));
-      PE_UNROLL
-      for (int r = 0; r < R; ++r)
-        acc[r][t] = add_term(acc[r][t], head[r]->d, x.scale(t, block), _mm512_add_epi32(sum[r][t], m));
-    }
+    for (int j = 0; j < 4; ++j) sum = _mm512_dpwssd_epi32(sum, offset, broadcast32(x.sum32(t) + 8 * block + 2 * j));
+    pin(sum);
+    return add_term(acc, head.d, x.scale(t, block), sum);
   }
 };
 

@@ -18,6 +18,7 @@ template <class Format>
 struct Q32 {
   static constexpr size_t kBlock = 32;
   static constexpr int kParts = 1, kCodes = 8;
+  static constexpr bool kFinish = false;
   struct Head {
     __m512 d, m;   // of the 16 rows; m where the format has one
     __m512i high;  // Q5: the fifth bits
@@ -50,9 +51,6 @@ struct Q32 {
       }
     }
   }
-
-  template <int T, int R>
-  static PE_INLINE void finish(const Head* const*, const Tokens<T>&, size_t, __m512i (*)[T], __m512 (*)[T]) {}
 
  protected:
   // 16 bytes of nibbles: columns 0-15 in the low ones, 16-31 in the high ones.

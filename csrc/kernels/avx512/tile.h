@@ -162,7 +162,8 @@ inline void row_pointers(const LinearArgs& args, size_t row, const uint8_t** out
 //   K::head(rows, at, &head)                        the block at byte `at` of every row
 //   K::codes<P>(rows, at, head, codes)              steps of part P
 //   K::multiply<P, T, R>(codes, head, x, block, sum, acc)   R groups of 16 rows
-//   K::finish<T, R>(head, x, block, sum, acc)       acc [R][T] floats of 16 rows; sum [R][T] int32, zero at the block's start
+//                                                   acc [R][T] floats of 16 rows; sum [R][T] int32, zero at the block's start
+//   K::kFinish, K::finish(head, x, t, block, sum, acc)      when the block is complete, for one token and group
 
 // 16 rows, as many columns as one block of 256 has.
 template <class K>
@@ -211,31 +212,34 @@ __attribute__((noinline)) void multiply_panel(const Panel<K>* panels, const Line
                                               size_t token, size_t first, size_t n, float (*acc)[kRows]) {
   const Tokens<T> x(args, at, token);
   __m512 f[R][T];
-  const auto load = [&] {
+  PE_UNROLL
+  for (int t = 0; t < T; ++t) {
     PE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      PE_UNROLL
-      for (int t = 0; t < T; ++t) f[r][t] = _mm512_load_ps(acc[r * kBatch + t]);
-    }
-  };
-  if constexpr (K::kBlock == 32) load();
+    for (int r = 0; r < R && !K::kFinish; ++r) f[r][t] = _mm512_load_ps(acc[r * kBatch + t]);
+  }
   for (size_t b = 0; b < n; ++b) {
     __m512i sum[R][T];
     PE_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int t = 0; t < T; ++t) {
       PE_UNROLL
-      for (int t = 0; t < T; ++t) sum[r][t] = _mm512_setzero_si512();
+      for (int r = 0; r < R; ++r) sum[r][t] = _mm512_setzero_si512();
     }
     multiply_parts<K, 0, T, R>(panels, b, x, first + b, sum, f);
-    if constexpr (K::kBlock == 256) load();  // only now: before, there is no register for it
-    const typename K::Head* head[R];
-    for (int r = 0; r < R; ++r) head[r] = &panels[r].head[b];
-    K::template finish<T, R>(head, x, first + b, sum, f);
+    if constexpr (K::kFinish) {  // sums in memory: there are no registers for them before
+      PE_UNROLL
+      for (int t = 0; t < T; ++t) {
+        PE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          float* y = acc[r * kBatch + t];
+          _mm512_store_ps(y, K::finish(panels[r].head[b], x, t, first + b, sum[r][t], _mm512_load_ps(y)));
+        }
+      }
+    }
   }
   PE_UNROLL
-  for (int r = 0; r < R; ++r) {
+  for (int t = 0; t < T; ++t) {
     PE_UNROLL
-    for (int t = 0; t < T; ++t) _mm512_store_ps(acc[r * kBatch + t], f[r][t]);
+    for (int r = 0; r < R && !K::kFinish; ++r) _mm512_store_ps(acc[r * kBatch + t], f[r][t]);
   }
 }
 
@@ -323,8 +327,10 @@ void few_tokens(const LinearArgs& args, const ActLayout& at) {
       PE_UNROLL
       for (int t = 0; t < T; ++t) sum[0][t] = _mm512_setzero_si512();
       few_parts<K, 0, T>(rows, b * kBytes, head, x, b, sum, acc);
-      const typename K::Head* const h = &head;
-      K::template finish<T, 1>(&h, x, b, sum, acc);
+      if constexpr (K::kFinish) {
+        PE_UNROLL
+        for (int t = 0; t < T; ++t) acc[0][t] = K::finish(head, x, t, b, sum[0][t], acc[0][t]);
+      }
     }
     const size_t left = args.rows - row;
     const auto mask = static_cast<__mmask16>(left < kRows ? (1u << left) - 1 : 0xffffu);
