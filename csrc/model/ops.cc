@@ -9,9 +9,10 @@ namespace pe {
 
 namespace {
 
-// One token: rows of a task, whole tiles. Kernels fetch the rows they come to next, so a thread reads at full speed as long
+// Few tokens: rows of a task, whole tiles. Kernels fetch the rows they come to next, so a thread reads at full speed as long
 // as it goes straight on; each jump to another task starts cold. The last quarter of an operation is handed out in tasks of
 // a quarter of that: nobody waits long for the thread that took the last one.
+constexpr size_t kFewTokens = 8;
 constexpr size_t kTaskRowsMin = 32;
 constexpr size_t kTaskRowsMax = 384;
 constexpr size_t kTasksPerThread = 8;
@@ -38,7 +39,7 @@ struct Tasks {
   size_t rows, long_rows, short_rows, n_long, count;
 
   Tasks(const Team& team, const Batch& b, size_t rows_, size_t tokens) : rows(rows_) {
-    if (tokens == 1) {
+    if (tokens <= kFewTokens) {
       long_rows = whole_tiles(rows / (kTasksPerThread * team.size()), kTaskRowsMin, kTaskRowsMax);
       short_rows = whole_tiles(long_rows / 4, kTaskRowsMin, kTaskRowsMax);
     } else {

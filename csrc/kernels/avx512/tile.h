@@ -294,15 +294,17 @@ void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size
 }
 
 template <class K, int P, int T>
-PE_INLINE void few_parts(const uint8_t* const* rows, size_t at, const typename K::Head& head, const Tokens<T>& x,
-                         size_t block, __m512i (*sum)[T], __m512 (*acc)[T]) {
+PE_INLINE void few_parts(const uint8_t* const* rows, size_t at, const uint8_t* ahead, const typename K::Head& head,
+                         const Tokens<T>& x, size_t block, __m512i (*sum)[T], __m512 (*acc)[T]) {
   if constexpr (P < K::kParts) {
+    constexpr size_t kShare = kRows * sizeof(typename K::Block) / K::kParts;
+    prefetch(ahead + P * kShare, kShare);
     __m512i codes[K::kCodes];
     K::template codes<P>(rows, at, head, codes);
     const __m512i* const code = codes;
     const typename K::Head* const h = &head;
     K::template multiply<P, T, 1>(&code, &h, x, block, sum, acc);
-    few_parts<K, P + 1, T>(rows, at, head, x, block, sum, acc);
+    few_parts<K, P + 1, T>(rows, at, ahead, head, x, block, sum, acc);
   }
 }
 
@@ -320,13 +322,12 @@ void few_tokens(const LinearArgs& args, const ActLayout& at) {
     for (int t = 0; t < T; ++t) acc[0][t] = _mm512_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       constexpr size_t kBytes = sizeof(typename K::Block);
-      prefetch(ahead + kRows * b * kBytes, kRows * kBytes);
       typename K::Head head;
       K::head(rows, b * kBytes, &head);
       __m512i sum[1][T];
       PE_UNROLL
       for (int t = 0; t < T; ++t) sum[0][t] = _mm512_setzero_si512();
-      few_parts<K, 0, T>(rows, b * kBytes, head, x, b, sum, acc);
+      few_parts<K, 0, T>(rows, b * kBytes, ahead + kRows * b * kBytes, head, x, b, sum, acc);
       if constexpr (K::kFinish) {
         PE_UNROLL
         for (int t = 0; t < T; ++t) acc[0][t] = K::finish(head, x, t, b, sum[0][t], acc[0][t]);
