@@ -9,12 +9,11 @@
 namespace pe {
 namespace {
 
-// A block is four parts of 16 steps. Where a part's columns lie:
-//   kSub 32   part P holds sub-blocks 2 P and 2 P + 1, 8 steps each
-//   kSub 16   part P = 2 h + p holds sub-blocks 8 h + p + {0, 2, 4, 6}, 4 steps each: where bits of the same bytes go
-template <int kSub, int P>
+// A block is four parts of 16 steps: where bits of the same bytes go. Q2_K, Q3_K: part P = 2 h + p holds sub-blocks
+// 8 h + p + {0, 2, 4, 6} of 16 columns, 4 steps each.
+template <int P>
 PE_INLINE constexpr int sub_block(int i) {
-  return kSub == 32 ? 2 * P + i : 8 * (P / 2) + P % 2 + 2 * i;
+  return 8 * (P / 2) + P % 2 + 2 * i;
 }
 
 // What a format adds beside its scaled codes: the minima, or the offset that made its codes unsigned.
@@ -23,32 +22,42 @@ PE_INLINE constexpr int sub_block(int i) {
 template <class Format, int kSubBlock, bool kMinima, int kShift>
 struct Q256 {
   static constexpr size_t kBlock = 256;
-  static constexpr bool kFinish = true;
+  static constexpr bool kFinish = true, kLoop = false;
   static constexpr int kParts = 4, kCodes = 16, kSubs = 256 / kSubBlock;
   struct Head {
     __m512i scale[kSubs];     // int32 of 16 rows
     __m512i pair[kSubs / 2];  // int16 (sub-block 2 j, 2 j + 1): minima, or scales again
-    __m512i high[8];          // Q5_K: fifth bits, columns 4 i .. 4 i + 3 of each sub-block in the bytes of high[i]
+    // Q5_K: fifth bits, columns 4 i .. 4 i + 3 of each sub-block in the bytes of high[i]; Q6_K: qh, its bytes 4 i ..
+    __m512i high[kSubBlock == 32 ? 8 : 16];
     __m512 d, dmin;
   };
+
+  // The sub-block of the part's steps i * kSubBlock / 4 ..
+  static PE_INLINE constexpr int sub(int part, int i) {
+    return kSubBlock == 32 ? 2 * part + i : 8 * (part / 2) + 2 * (part % 2) + i % 2 + i / 2 * 4;
+  }
 
   template <int P, int T, int R>
   static PE_INLINE void multiply(const __m512i* const* codes, const Head* const* head, const Tokens<T>& x, size_t block,
                                  __m512i (*sum)[T], __m512 (*)[T]) {
+    multiply_part<T, R>(P, codes, head, x, block, sum);
+  }
+  template <int T, int R>
+  static PE_INLINE void multiply_part(int p, const __m512i* const* codes, const Head* const* head, const Tokens<T>& x,
+                                      size_t block, __m512i (*sum)[T]) {
     constexpr int kSteps = kSubBlock / 4;
     PE_UNROLL
     for (int i = 0; i < kCodes / kSteps; ++i) {
-      constexpr auto sub = sub_block<kSubBlock, P>;
       __m512i part[R][T];
       PE_UNROLL
       for (int r = 0; r < R; ++r) {
         PE_UNROLL
         for (int t = 0; t < T; ++t) part[r][t] = _mm512_setzero_si512();
       }
-      chain<T, R, kSteps>(codes, kSteps * i, x, 256 * block + static_cast<size_t>(kSubBlock * sub(i)), part);
+      chain<T, R, kSteps>(codes, kSteps * i, x, 256 * block + static_cast<size_t>(kSubBlock * sub(p, i)), part);
       PE_UNROLL
       for (int r = 0; r < R; ++r) {
-        const __m512i scale = load512(&head[r]->scale[sub(i)]);
+        const __m512i scale = load512(&head[r]->scale[sub(p, i)]);
         PE_UNROLL
         for (int t = 0; t < T; ++t) {
           sum[r][t] = _mm512_add_epi32(sum[r][t], _mm512_mullo_epi32(part[r][t], scale));
@@ -104,8 +113,7 @@ PE_INLINE void head_k4(const uint8_t* const* rows, size_t at, Head* out) {
 // 32 bytes of nibbles: one sub-block in the low ones, the next in the high ones.
 PE_INLINE void nibbles32(const uint8_t* const* rows, size_t at, __m512i* codes) {
   __m512i v[8];
-  transpose16(rows, at, v);
-  transpose16(rows, at + 16, v + 4);
+  transpose32(rows, at, v);
   PE_UNROLL
   for (int s = 0; s < 8; ++s) {
     codes[s] = low_nibbles(v[s]);
@@ -115,10 +123,14 @@ PE_INLINE void nibbles32(const uint8_t* const* rows, size_t at, __m512i* codes) 
 
 struct Q4_K : Q256<Q4_K, 32, true, 0> {
   using Block = BlockQ4_K;
+  static constexpr bool kLoop = true;
   static PE_INLINE void head(const uint8_t* const* rows, size_t at, Head* out) { head_k4(rows, at, out); }
+  static PE_INLINE void codes_of(int part, const uint8_t* const* rows, size_t at, const Head&, __m512i* codes) {
+    nibbles32(rows, at + offsetof(Block, qs) + 32 * static_cast<size_t>(part), codes);
+  }
   template <int P>
-  static PE_INLINE void codes(const uint8_t* const* rows, size_t at, const Head&, __m512i* codes) {
-    nibbles32(rows, at + offsetof(Block, qs) + 32 * P, codes);
+  static PE_INLINE void codes(const uint8_t* const* rows, size_t at, const Head& head, __m512i* codes) {
+    codes_of(P, rows, at, head, codes);
   }
 };
 
@@ -134,8 +146,7 @@ struct Q5_K : Q256<Q5_K, 32, true, 0> {
   using Block = BlockQ5_K;
   static PE_INLINE void head(const uint8_t* const* rows, size_t at, Head* out) {
     head_k4(rows, at, out);
-    transpose16(rows, at + offsetof(Block, qh), out->high);
-    transpose16(rows, at + offsetof(Block, qh) + 16, out->high + 4);
+    transpose32(rows, at + offsetof(Block, qh), out->high);
   }
   template <int P>
   static PE_INLINE void codes(const uint8_t* const* rows, size_t at, const Head& head, __m512i* codes) {
@@ -150,6 +161,7 @@ struct Q5_K : Q256<Q5_K, 32, true, 0> {
 
 struct Q6_K : Q256<Q6_K, 16, false, 5> {
   using Block = BlockQ6_K;
+  static constexpr bool kLoop = true;
   static PE_INLINE void head(const uint8_t* const* rows, size_t at, Head* out) {
     __m512i v[4];
     transpose16(rows, at + offsetof(Block, scales), v);
@@ -164,22 +176,24 @@ struct Q6_K : Q256<Q6_K, 16, false, 5> {
     }
     transpose16(rows, at + sizeof(Block) - 16, v);  // d is the last thing in the block
     out->d = high_f16(v[3]);
+    transpose32(rows, at + offsetof(Block, qh), out->high);
+    transpose32(rows, at + offsetof(Block, qh) + 32, out->high + 8);
   }
-  // Bytes 16 p .. of both quarters of ql and of qh: 16 columns from 0, 32, 64 and 96 on, of half h.
-  template <int P>
-  static PE_INLINE void codes(const uint8_t* const* rows, size_t at, const Head&, __m512i* codes) {
-    constexpr size_t h = P / 2, p = P % 2;
-    __m512i first[4], second[4], high[4];
-    transpose16(rows, at + offsetof(Block, ql) + 64 * h + 16 * p, first);
-    transpose16(rows, at + offsetof(Block, ql) + 64 * h + 16 * p + 32, second);
-    transpose16(rows, at + offsetof(Block, qh) + 32 * h + 16 * p, high);
+  // 32 bytes of ql: sub-blocks 8 h + 2 q and the next in the low nibbles, those 4 further on in the high ones, part 2 h + q.
+  static PE_INLINE void codes_of(int part, const uint8_t* const* rows, size_t at, const Head& head, __m512i* codes) {
+    __m512i v[8];
+    transpose32(rows, at + offsetof(Block, ql) + 32 * static_cast<size_t>(part), v);
+    const __m128i shift = _mm_cvtsi32_si128(2 * (part % 2));
     PE_UNROLL
-    for (int s = 0; s < 4; ++s) {
-      codes[s] = _mm512_or_si512(low_nibbles(first[s]), moved_bits<0, 4, 0x30>(high[s]));
-      codes[s + 4] = _mm512_or_si512(low_nibbles(second[s]), moved_bits<2, 4, 0x30>(high[s]));
-      codes[s + 8] = _mm512_or_si512(high_nibbles(first[s]), moved_bits<4, 4, 0x30>(high[s]));
-      codes[s + 12] = _mm512_or_si512(high_nibbles(second[s]), moved_bits<6, 4, 0x30>(high[s]));
+    for (int s = 0; s < 8; ++s) {
+      const __m512i high = _mm512_srl_epi16(load512(&head.high[8 * (part / 2) + s]), shift);
+      codes[s] = _mm512_or_si512(low_nibbles(v[s]), moved_bits<0, 4, 0x30>(high));
+      codes[s + 8] = _mm512_or_si512(high_nibbles(v[s]), moved_bits<4, 4, 0x30>(high));
     }
+  }
+  template <int P>
+  static PE_INLINE void codes(const uint8_t* const* rows, size_t at, const Head& head, __m512i* codes) {
+    codes_of(P, rows, at, head, codes);
   }
 };
 
@@ -226,7 +240,7 @@ struct Products {
                                  __m512i (*sum)[T], __m512 (*)[T]) {
     PE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      chain<T, R, 4>(codes, 4 * i, x, 256 * block + static_cast<size_t>(16 * sub_block<16, P>(i)), sum);
+      chain<T, R, 4>(codes, 4 * i, x, 256 * block + static_cast<size_t>(16 * sub_block<P>(i)), sum);
       PE_UNROLL
       for (int r = 0; r < R; ++r) {
         PE_UNROLL
@@ -239,7 +253,7 @@ struct Products {
 struct Q2_K : Products {
   using Block = BlockQ2_K;
   static constexpr size_t kBlock = 256;
-  static constexpr bool kFinish = true;
+  static constexpr bool kFinish = true, kLoop = false;
   static constexpr int kParts = 4, kCodes = 16;
   struct Head {
     __m512i scale[4];  // byte j % 4 of each dword of scale[j / 4]: sub-block j
@@ -267,7 +281,7 @@ struct Q2_K : Products {
     transpose16(rows, at + offsetof(Block, qs) + 16 * P, v);
     PE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int j = sub_block<16, P>(i);
+      const int j = sub_block<P>(i);
       const __m512i byte = _mm512_srli_epi32(head.scale[j / 4], static_cast<unsigned>(8 * (j % 4)));
       const __m512i scale =
           _mm512_mullo_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), _mm512_set1_epi32(0x00010001));
@@ -295,7 +309,7 @@ struct Q2_K : Products {
 struct Q3_K : Products {
   using Block = BlockQ3_K;
   static constexpr size_t kBlock = 256;
-  static constexpr bool kFinish = true;
+  static constexpr bool kFinish = true, kLoop = false;
   static constexpr int kParts = 4, kCodes = 16, kOffset = 124;
   struct Head {
     __m512i scale[4];  // 6-bit sc: byte j % 4 of each dword of scale[j / 4] is sub-block j
@@ -332,7 +346,7 @@ struct Q3_K : Products {
     const __m512i even = _mm512_set1_epi16(0x00ff);
     PE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int j = sub_block<16, P>(i);
+      const int j = sub_block<P>(i);
       const __m512i byte = _mm512_srli_epi32(head.scale[j / 4], static_cast<unsigned>(8 * (j % 4)));
       const __m512i sc =
           _mm512_mullo_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(63)), _mm512_set1_epi32(0x00010001));

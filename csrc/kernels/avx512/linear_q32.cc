@@ -18,7 +18,7 @@ template <class Format>
 struct Q32 {
   static constexpr size_t kBlock = 32;
   static constexpr int kParts = 1, kCodes = 8;
-  static constexpr bool kFinish = false;
+  static constexpr bool kFinish = false, kLoop = false;
   struct Head {
     __m512 d, m;   // of the 16 rows; m where the format has one
     __m512i high;  // Q5: the fifth bits

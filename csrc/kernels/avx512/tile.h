@@ -21,9 +21,11 @@
 
 #if defined(__GNUC__)
 #define PE_UNROLL _Pragma("GCC unroll 16")
+#define PE_LOOP _Pragma("GCC unroll 1")
 #define PE_INLINE inline __attribute__((always_inline))
 #else
 #define PE_UNROLL
+#define PE_LOOP
 #define PE_INLINE __forceinline
 #endif
 
@@ -38,6 +40,7 @@ constexpr size_t kBatch = 128;      // tokens that meet a panel before the next 
 constexpr size_t kBlockRows = 128;  // rows that meet the same 256 columns of a batch: acc takes 64 KiB of the stack
 
 PE_INLINE __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
+PE_INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 PE_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 PE_INLINE __m512i broadcast32(const void* p) {
   int32_t v;
@@ -65,6 +68,32 @@ PE_INLINE void transpose16(const uint8_t* const* row, size_t at, __m512i* out) {
   out[1] = _mm512_unpackhi_epi64(a, b);
   out[2] = _mm512_unpacklo_epi64(c, d);
   out[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// 32 bytes of 8 rows -> out[s]: four lanes, bytes 4 s .. of rows 0-3, bytes 16 + 4 s .. of the same, and both of rows 4-7.
+PE_INLINE void eight_rows(const uint8_t* const* row, size_t at, __m512i* out) {
+  __m512i v[4];
+  PE_UNROLL
+  for (int i = 0; i < 4; ++i)
+    v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load256(row[i] + at)), load256(row[i + 4] + at), 1);
+  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
+  const __m512i c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+  out[0] = _mm512_unpacklo_epi64(a, b);
+  out[1] = _mm512_unpackhi_epi64(a, b);
+  out[2] = _mm512_unpacklo_epi64(c, d);
+  out[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// 32 bytes from each of 16 rows -> out[s]: bytes 4 s .. 4 s + 3 of rows 0 .. 15. A third of transpose16's merging loads.
+PE_INLINE void transpose32(const uint8_t* const* row, size_t at, __m512i* out) {
+  __m512i upper[4], lower[4];
+  eight_rows(row, at, upper);
+  eight_rows(row + 8, at, lower);
+  PE_UNROLL
+  for (int s = 0; s < 4; ++s) {
+    out[s] = _mm512_shuffle_i32x4(upper[s], lower[s], 0x88);
+    out[s + 4] = _mm512_shuffle_i32x4(upper[s], lower[s], 0xdd);
+  }
 }
 
 // Low and high halves of 16 dwords, fp16 -> float.
@@ -161,6 +190,7 @@ inline void row_pointers(const LinearArgs& args, size_t row, const uint8_t** out
 //   K::Head                                         what the block has besides codes
 //   K::head(rows, at, &head)                        the block at byte `at` of every row
 //   K::codes<P>(rows, at, head, codes)              steps of part P
+//   K::kLoop, K::codes_of(P, ..), K::multiply_part<T, R>(P, ..)   the same with the part as a value, where that is as fast
 //   K::multiply<P, T, R>(codes, head, x, block, sum, acc)   R groups of 16 rows
 //                                                   acc [R][T] floats of 16 rows; sum [R][T] int32, zero at the block's start
 //   K::kFinish, K::finish(head, x, t, block, sum, acc)      when the block is complete, for one token and group
@@ -293,16 +323,26 @@ void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size
   }
 }
 
+// Each part asks for its share of the rows `ahead`: all at once they keep the loads behind them waiting.
 template <class K, int P, int T>
 PE_INLINE void few_parts(const uint8_t* const* rows, size_t at, const uint8_t* ahead, const typename K::Head& head,
                          const Tokens<T>& x, size_t block, __m512i (*sum)[T], __m512 (*acc)[T]) {
-  if constexpr (P < K::kParts) {
-    constexpr size_t kShare = kRows * sizeof(typename K::Block) / K::kParts;
+  constexpr size_t kShare = kRows * sizeof(typename K::Block) / K::kParts;
+  const typename K::Head* const h = &head;
+  if constexpr (K::kLoop) {  // a quarter of the code
+    PE_LOOP
+    for (int p = 0; p < K::kParts; ++p) {
+      prefetch(ahead + static_cast<size_t>(p) * kShare, kShare);
+      __m512i codes[K::kCodes];
+      K::codes_of(p, rows, at, head, codes);
+      const __m512i* const code = codes;
+      K::template multiply_part<T, 1>(p, &code, &h, x, block, sum);
+    }
+  } else if constexpr (P < K::kParts) {
     prefetch(ahead + P * kShare, kShare);
     __m512i codes[K::kCodes];
     K::template codes<P>(rows, at, head, codes);
     const __m512i* const code = codes;
-    const typename K::Head* const h = &head;
     K::template multiply<P, T, 1>(&code, &h, x, block, sum, acc);
     few_parts<K, P + 1, T>(rows, at, ahead, head, x, block, sum, acc);
   }
