@@ -65,6 +65,11 @@ struct Ahead {
   }
 };
 
+// Nothing to fetch: a widened tile is in the cache.
+struct Here {
+  void step() {}
+};
+
 // Rows r0 .. r0 + rows of the call, at most kAttnRows.
 template <class K, class T, bool kDirect>
 void attn_block(const AttnArgs& args, size_t r0, size_t rows) {
@@ -87,11 +92,11 @@ void attn_block(const AttnArgs& args, size_t r0, size_t rows) {
   const size_t k_bytes = kv_row_bytes(T::kType, args.head_dim_k);
   const uint8_t* v = static_cast<const uint8_t*>(args.v);
   const size_t v_bytes = kv_row_bytes(T::kType, args.head_dim_v);
-  const size_t steps = kDirect ? K::kDirectSteps : rows / K::kScoreRows + 1;
   for (size_t j = 0; j < keys; j += kAttnTile, k += kAttnTile * k_bytes) {
     const size_t in_tile = keys - j < kAttnTile ? keys - j : kAttnTile;
     const bool more = j + kAttnTile < keys;
-    Ahead ahead(more ? k + kAttnTile * k_bytes : v, kAttnTile * (more ? k_bytes : v_bytes), steps);
+    Ahead ahead(more ? k + kAttnTile * k_bytes : v, kAttnTile * (more ? k_bytes : v_bytes),
+                kDirect ? K::kDirectSteps : rows / K::kScoreRows + 1);
     if constexpr (!kDirect) K::template widen_keys<T>(k, k_bytes, in_tile, args.head_dim_k, tile);
     for_groups<kDirect ? K::kDirectRows : K::kScoreRows>(rows, [&](auto count, size_t r) {
       constexpr int R = decltype(count)::value;
@@ -103,7 +108,7 @@ void attn_block(const AttnArgs& args, size_t r0, size_t rows) {
         K::template score<T, R>(q + r * dim_k, dim_k, k, k_bytes, seen, args.scale, scores, ahead);
       } else {
         ahead.step();
-        Ahead none(k, 0, 1);
+        Here none;
         K::template score<typename K::WideKeys, R>(q + r * dim_k, dim_k, reinterpret_cast<const uint8_t*>(tile),
                                                    dim_k * sizeof(float), seen, args.scale, scores, none);
       }
@@ -114,7 +119,8 @@ void attn_block(const AttnArgs& args, size_t r0, size_t rows) {
   for (size_t j = 0; j < keys; j += kAttnTile, v += kAttnTile * v_bytes) {
     const size_t in_tile = keys - j < kAttnTile ? keys - j : kAttnTile;
     const bool more = j + kAttnTile < keys;  // else the next chunk's keys
-    Ahead ahead(more ? v + kAttnTile * v_bytes : k, kAttnTile * (more ? v_bytes : k_bytes), steps);
+    Ahead ahead(more ? v + kAttnTile * v_bytes : k, kAttnTile * (more ? v_bytes : k_bytes),
+                kDirect ? K::kDirectSteps : rows / K::kValueRows + 1);
     if constexpr (!kDirect) K::template widen_values<T>(v, v_bytes, in_tile, args.head_dim_v, tile);
     size_t end[kAttnRows];
     for (size_t r = 0; r < rows; ++r) end[r] = n[r] <= j ? 0 : n[r] - j < in_tile ? n[r] - j : in_tile;
@@ -127,7 +133,7 @@ void attn_block(const AttnArgs& args, size_t r0, size_t rows) {
         K::template values<T, R>(weights, end + r, v, v_bytes, dim_v, j == 0, to, args.acc_stride, ahead);
       } else {
         ahead.step();
-        Ahead none(v, 0, 1);
+        Here none;
         K::template values<typename K::WideValues, R>(weights, end + r, reinterpret_cast<const uint8_t*>(tile),
                                                       K::value_stride(dim_v), dim_v, j == 0, to, args.acc_stride, none);
       }

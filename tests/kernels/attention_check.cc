@@ -88,8 +88,8 @@ void check_attention(const KernelTable& scalar, const KernelTable& tier, const s
     const size_t dim_k = dim(), dim_v = below(3) ? dim_k : dim();
     const Values values = kAllValues[below(std::size(kAllValues))];
     const size_t heads = 1 + below(below(8) ? 5 : 17);
-    // one token as in decode, a few as in a check of guesses, rarely a tile that crosses the end of the chunk
-    const size_t tokens = i % 2 ? 1 : 1 + below(below(8) ? 8 : below(8) ? 60 : 300);
+    // one token as in decode, up to nine as in a check of guesses, rarely a tile that crosses the end of the chunk
+    const size_t tokens = i % 2 ? 1 : 1 + below(below(8) ? 9 : below(8) ? 60 : 300);
     compare(draw_attn(type, tokens, heads, dim_k, dim_v, keys[below(std::size(keys))], values));
   }
   // the sign of a zero maximum, whichever lane it sits in

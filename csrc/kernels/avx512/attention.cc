@@ -73,9 +73,9 @@ constexpr int fold_slot(int lane) { return lane / 4 + lane % 4 * 4; }  // which 
 // ---- values ----
 
 // acc[r][d .. d + 16 P) of R rows.
-template <class T, int R, int P>
+template <class T, int R, int P, class A>
 PE_INLINE void panel(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t d, bool first,
-                     float* acc, size_t acc_stride, Ahead& ahead) {
+                     float* acc, size_t acc_stride, A& ahead) {
   constexpr int N = T::kParts;
   __m512 sum[R][P];
   PE_UNROLL
@@ -86,15 +86,12 @@ PE_INLINE void panel(const float* p, const size_t* end, const uint8_t* v, size_t
       sum[r][i] = first ? _mm512_setzero_ps() : _mm512_load_ps(from);
     }
   }
-  const auto row = [&](__m512* x) PE_LAMBDA {
-    PE_UNROLL
-    for (int i = 0; i < P; i += N) T::at(v, d + static_cast<size_t>(16 * i), x + i);
-  };
   size_t j = 0;
   for (; j < end[0]; ++j, v += row_bytes) {
     if (j % 4 == 0) ahead.step();
     __m512 x[P];
-    row(x);
+    PE_UNROLL
+    for (int i = 0; i < P; i += N) T::at(v, d + static_cast<size_t>(16 * i), x + i);
     PE_UNROLL
     for (int r = 0; r < R; ++r) {
       const __m512 weight = _mm512_set1_ps(p[static_cast<size_t>(r) * kAttnChunk + j]);
@@ -104,7 +101,8 @@ PE_INLINE void panel(const float* p, const size_t* end, const uint8_t* v, size_t
   }
   for (; j < end[R - 1]; ++j, v += row_bytes) {  // the diagonal
     __m512 x[P];
-    row(x);
+    PE_UNROLL
+    for (int i = 0; i < P; i += N) T::at(v, d + static_cast<size_t>(16 * i), x + i);
     PE_UNROLL
     for (int r = 0; r < R; ++r) {
       const __mmask16 sees = j < end[r] ? 0xffff : 0;
@@ -153,41 +151,46 @@ struct Kernels {
     widen<T>(rows, row_bytes, n, dim, tile);
   }
 
-  template <class T, int R>
+  template <class T, int R, class A>
   static void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, size_t keys, float scale, float* s,
-                    Ahead& ahead) {
+                    A& ahead) {
     constexpr int J = R == 1 ? 16 : R == 2 ? 8 : 4;  // keys of a register tile
     constexpr int N = T::kParts;
     for (size_t j = 0; j < keys; j += J) {
-      ahead.step();
-      const uint8_t* key[J];
-      for (int i = 0; i < J; ++i) {
-        const size_t at = j + static_cast<size_t>(i);
-        key[i] = k + (at < keys ? at : keys - 1) * row_bytes;
-      }
       __m512 sum[16];
       PE_UNROLL
       for (__m512& x : sum) x = _mm512_setzero_ps();
-      for (size_t d = 0; d < dim; d += 16 * N) {
-        __m512 row[R][N];
+      PE_UNROLL
+      for (int g = 0; g < J; g += 4) {  // four keys at a time: a stretch of memory
+        ahead.step();
+        const uint8_t* key[4];
         PE_UNROLL
-        for (int r = 0; r < R; ++r) {
-          PE_UNROLL
-          for (int n = 0; n < N; ++n) {
-            row[r][n] = _mm512_load_ps(q + static_cast<size_t>(r) * dim + d + static_cast<size_t>(16 * n));
-            in_register(row[r][n]);
-          }
+        for (int i = 0; i < 4; ++i) {
+          const size_t at = j + static_cast<size_t>(g + i);
+          key[i] = k + (at < keys ? at : keys - 1) * row_bytes;
         }
-        PE_UNROLL
-        for (int i = 0; i < J; ++i) {
-          __m512 x[N];
-          T::at(key[i], d, x);
+        for (size_t d = 0; d < dim; d += 16 * N) {
+          __m512 row[R][N];
           PE_UNROLL
-          for (int n = 0; n < N; ++n) {
+          for (int r = 0; r < R; ++r) {
             PE_UNROLL
-            for (int r = 0; r < R; ++r) {
-              __m512& to = sum[fold_slot(r * J + i)];
-              to = _mm512_fmadd_ps(row[r][n], x[n], to);
+            for (int n = 0; n < N; ++n) {
+              row[r][n] = _mm512_load_ps(q + static_cast<size_t>(r) * dim + d + static_cast<size_t>(16 * n));
+              in_register(row[r][n]);
+            }
+          }
+          PE_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            __m512 x[N];
+            T::at(key[i], d, x);
+            PE_UNROLL
+            for (int n = 0; n < N; ++n) {
+              in_register(x[n]);
+              PE_UNROLL
+              for (int r = 0; r < R; ++r) {
+                __m512& to = sum[fold_slot(r * J + g + i)];
+                to = _mm512_fmadd_ps(row[r][n], x[n], to);
+              }
             }
           }
         }
@@ -239,9 +242,9 @@ struct Kernels {
     return fold16(sum);
   }
 
-  template <class T, int R>
+  template <class T, int R, class A>
   static void values(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t dim, bool first,
-                     float* acc, size_t acc_stride, Ahead& ahead) {
+                     float* acc, size_t acc_stride, A& ahead) {
     constexpr int P = R <= 2 ? 8 : 4;
     size_t d = 0;
     for (; d + 16 * P <= dim; d += 16 * P) panel<T, R, P>(p, end, v, row_bytes, d, first, acc, acc_stride, ahead);

@@ -18,14 +18,7 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
-
-#if defined(__GNUC__)
-#define PE_UNROLL _Pragma("GCC unroll 16")
-#define PE_INLINE inline __attribute__((always_inline))
-#else
-#define PE_UNROLL
-#define PE_INLINE __forceinline
-#endif
+#include "kernels/unroll.h"
 
 namespace pe {
 namespace {

@@ -1,19 +1,10 @@
-// Vector forms of math.h for AVX-512, and what loops over registers need. Private to the objects of this tier.
+// Vector forms of math.h for AVX-512. Private to the objects of this tier.
 #pragma once
 
 #include <immintrin.h>
 
 #include "kernels/math.h"
-
-#if defined(__GNUC__)
-#define PE_UNROLL _Pragma("GCC unroll 32")
-#define PE_INLINE inline __attribute__((always_inline))
-#define PE_LAMBDA __attribute__((always_inline))
-#else
-#define PE_UNROLL
-#define PE_INLINE __forceinline
-#define PE_LAMBDA
-#endif
+#include "kernels/unroll.h"
 
 namespace pe {
 namespace {

@@ -1,0 +1,10 @@
+// What keeps arrays of registers in registers: loops over them unrolled, functions around them inlined.
+#pragma once
+
+#if defined(__GNUC__)
+#define PE_UNROLL _Pragma("GCC unroll 16")
+#define PE_INLINE inline __attribute__((always_inline))
+#else
+#define PE_UNROLL
+#define PE_INLINE __forceinline
+#endif
