@@ -281,18 +281,21 @@ inline void panel(const float* p, const size_t* end, const uint8_t* v, size_t ro
     }
   }
   size_t j = 0;
-  for (; j < end[0]; ++j, v += row_bytes) {
-    if (j % 8 == 0) ahead.step();
-    Lanes16 row[P];
-    PE_UNROLL
-    for (int i = 0; i < P; ++i) row[i] = at16<T>(v, d + static_cast<size_t>(16 * i));
-    PE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const __m256 weight = _mm256_broadcast_ss(p + static_cast<size_t>(r) * kAttnChunk + j);
+  while (j < end[0]) {
+    ahead.step();
+    const size_t stop = j + 8 < end[0] ? j + 8 : end[0];
+    for (; j < stop; ++j, v += row_bytes) {
+      Lanes16 row[P];
       PE_UNROLL
-      for (int i = 0; i < P; ++i) {
-        sum[r][i].a = _mm256_fmadd_ps(weight, row[i].a, sum[r][i].a);
-        sum[r][i].b = _mm256_fmadd_ps(weight, row[i].b, sum[r][i].b);
+      for (int i = 0; i < P; ++i) row[i] = at16<T>(v, d + static_cast<size_t>(16 * i));
+      PE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const __m256 weight = _mm256_broadcast_ss(p + static_cast<size_t>(r) * kAttnChunk + j);
+        PE_UNROLL
+        for (int i = 0; i < P; ++i) {
+          sum[r][i].a = _mm256_fmadd_ps(weight, row[i].a, sum[r][i].a);
+          sum[r][i].b = _mm256_fmadd_ps(weight, row[i].b, sum[r][i].b);
+        }
       }
     }
   }
@@ -346,7 +349,7 @@ struct Kernels {
   template <class T, int R, class A>
   static void values(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t dim, bool first,
                      float* acc, size_t acc_stride, A& ahead) {
-    constexpr int P = R == 1 ? 4 : R == 2 ? 2 : 1;
+    constexpr int P = R <= 2 ? 2 : 1;
     size_t d = 0;
     for (; d + 16 * P <= dim; d += 16 * P) panel<T, R, P>(p, end, v, row_bytes, d, first, acc, acc_stride, ahead);
     for (; d < dim; d += 16) panel<T, R, 1>(p, end, v, row_bytes, d, first, acc, acc_stride, ahead);

@@ -76,7 +76,6 @@ constexpr int fold_slot(int lane) { return lane / 4 + lane % 4 * 4; }  // which 
 template <class T, int R, int P, class A>
 PE_INLINE void panel(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t d, bool first,
                      float* acc, size_t acc_stride, A& ahead) {
-  constexpr int N = T::kParts;
   __m512 sum[R][P];
   PE_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -87,22 +86,25 @@ PE_INLINE void panel(const float* p, const size_t* end, const uint8_t* v, size_t
     }
   }
   size_t j = 0;
-  for (; j < end[0]; ++j, v += row_bytes) {
-    if (j % 4 == 0) ahead.step();
-    __m512 x[P];
-    PE_UNROLL
-    for (int i = 0; i < P; i += N) T::at(v, d + static_cast<size_t>(16 * i), x + i);
-    PE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const __m512 weight = _mm512_set1_ps(p[static_cast<size_t>(r) * kAttnChunk + j]);
+  while (j < end[0]) {
+    ahead.step();
+    const size_t stop = j + 4 < end[0] ? j + 4 : end[0];
+    for (; j < stop; ++j, v += row_bytes) {
+      __m512 x[P];
       PE_UNROLL
-      for (int i = 0; i < P; ++i) sum[r][i] = _mm512_fmadd_ps(weight, x[i], sum[r][i]);
+      for (int i = 0; i < P; i += T::kParts) T::at(v, d + static_cast<size_t>(16 * i), x + i);
+      PE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const __m512 weight = _mm512_set1_ps(p[static_cast<size_t>(r) * kAttnChunk + j]);
+        PE_UNROLL
+        for (int i = 0; i < P; ++i) sum[r][i] = _mm512_fmadd_ps(weight, x[i], sum[r][i]);
+      }
     }
   }
   for (; j < end[R - 1]; ++j, v += row_bytes) {  // the diagonal
     __m512 x[P];
     PE_UNROLL
-    for (int i = 0; i < P; i += N) T::at(v, d + static_cast<size_t>(16 * i), x + i);
+    for (int i = 0; i < P; i += T::kParts) T::at(v, d + static_cast<size_t>(16 * i), x + i);
     PE_UNROLL
     for (int r = 0; r < R; ++r) {
       const __mmask16 sees = j < end[r] ? 0xffff : 0;
