@@ -1,10 +1,12 @@
-// What keeps arrays of registers in registers: loops over them unrolled, functions around them inlined.
+// What keeps arrays of registers in registers: loops over them unrolled, functions around them inlined, or alone.
 #pragma once
 
 #if defined(__GNUC__)
 #define PE_UNROLL _Pragma("GCC unroll 16")
 #define PE_INLINE inline __attribute__((always_inline))
+#define PE_NOINLINE __attribute__((noinline))
 #else
 #define PE_UNROLL
 #define PE_INLINE __forceinline
+#define PE_NOINLINE __declspec(noinline)
 #endif

@@ -4,11 +4,12 @@
 // cache, in register tiles of 3 rows x 2 keys (scores) and 6 rows x 16 dimensions (values): 12 sums in flight hide the
 // latency of fma, 10 and 8 loads keep below its 12. Few rows (decode) widen in registers, straight from the cache.
 //
-// Bounds, and what ops_check --bench measures on one Zen 4 core of 3.7 GHz, 23 GB/s read stream (f16; q8_0):
+// Bounds, and what attention_check --bench measures on one Zen 5 core of 4.2 GHz, 29 GB/s read stream (f16; q8_0):
 //   prefill       16 MAC/cycle; exp, folds and merges leave about 13.8 at 4 heads x 128 and 12 at 1 x 64
-//                 4 x 128: 11.9; 11.7      1 x 64: 10; 10
-//   1 token       1 x 64: the stream for f16, 22.7 GB/s; q8_0 11.6 GB/s, bound by widening: as many keys per second as f16
-//                 4 x 128: fma: 64 cycles a key, 29 GB/s of f16 and 16 of q8_0; 13.0; 6.4
+//                 4 x 128: 13.2; 13.0      1 x 64: 11.8; 11.5
+//   1 token       1 x 64: the stream, 35 GB/s; q8_0: 18.9, bound by widening (load, convert, scale for each fma)
+//                 4 x 128: 64 fmas, 32 cycles a row: 33 GB/s of f16, 22.2 reached; q8_0: 16 products with the scale more, 40
+//                 cycles, 14 GB/s, 10.8 reached
 #include "kernels/attention.h"
 
 #include "kernels/avx2/vec.h"
@@ -177,8 +178,8 @@ inline void dots(const float* q, size_t dim, const uint8_t* const* k, __m256 (*b
 // s[r][j] = dot16(q[r], k[j]) * scale for R rows, whose scores lie kAttnChunk apart. Up to seven scores past `keys` are
 // written; only the rows of the keys are read, in order.
 template <class T, int R, class A>
-inline void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, size_t keys, float scale, float* s,
-                  A& ahead) {
+PE_NOINLINE void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, size_t keys, float scale,
+                       float* s, A& ahead) {
   constexpr int J = R == 1 ? 4 : 2;  // keys of a register tile
   const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (size_t j = 0; j < keys; j += 8) {
@@ -268,8 +269,8 @@ float weigh(float* p, size_t n, float* max) {
 // acc[r][d .. d + 16 P) continued over a tile of keys, of which row r sees the first end[r] (ascending). acc starts at +0
 // in the first tile.
 template <class T, int R, int P, class A>
-inline void panel(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t d, bool first,
-                  float* acc, size_t acc_stride, A& ahead) {
+PE_NOINLINE void panel(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t d, bool first,
+                       float* acc, size_t acc_stride, A& ahead) {
   Lanes16 sum[R][P];
   PE_UNROLL
   for (int r = 0; r < R; ++r) {

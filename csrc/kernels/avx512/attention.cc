@@ -1,5 +1,17 @@
 // Attention over one chunk of the KV cache, AVX-512: the contract's sixteen lanes are one register. kernels/attention.h has
-// the loops around.
+// the loops around. Merging, finishing and storing are memory's work: those of the tier below stay.
+//
+// Register tiles: scores of 4 rows x 4 keys, 8 loads for 16 fmas, whose 16 sums are folded together; values of 6 rows x 64
+// dimensions, 10 loads for 24 fmas (4 x 64 straight from the cache). Two loads and two fmas of 512 bits a cycle.
+//
+// Bounds, and what attention_check --bench measures on one Zen 5 core of 4.2 GHz, 29 GB/s read stream (f16; q8_0):
+//   prefill       32 MAC/cycle; for 48 rows exp, widening and merges take a tenth, folds as much at 64 dimensions
+//                 4 x 128: 25.1; 24.4 (78 %)      1 x 64: 21.4; 21.0 (67 %)
+//   1 token       f16: the stream. 4 x 128: 35 GB/s      1 x 64: 38 GB/s, above what the plain loop reads
+//                 q8_0, 4 x 128: a row of 136 bytes is 32 fmas and 8 products with the scale, which the contract wants
+//                 exact before the fma: 20 cycles, 28 GB/s; 19.2 (68 %): the other pipes have six operations for each
+//                 sixteen codes      1 x 64: 27 GB/s
+//   4 tokens      4 x 128: 16 rows, fma: 16.8 GB/s of f16, 8.9 of q8_0; 11.3 (67 %); 6.0      1 x 64: 29.7; 15.7 GB/s
 #include "kernels/attention.h"
 
 #include "kernels/avx512/vec.h"
@@ -74,8 +86,8 @@ constexpr int fold_slot(int lane) { return lane / 4 + lane % 4 * 4; }  // which 
 
 // acc[r][d .. d + 16 P) of R rows.
 template <class T, int R, int P, class A>
-PE_INLINE void panel(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t d, bool first,
-                     float* acc, size_t acc_stride, A& ahead) {
+PE_NOINLINE void panel(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t d, bool first,
+                       float* acc, size_t acc_stride, A& ahead) {
   __m512 sum[R][P];
   PE_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -154,8 +166,8 @@ struct Kernels {
   }
 
   template <class T, int R, class A>
-  static void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, size_t keys, float scale, float* s,
-                    A& ahead) {
+  static PE_NOINLINE void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, size_t keys,
+                                float scale, float* s, A& ahead) {
     constexpr int J = R == 1 ? 16 : R == 2 ? 8 : 4;  // keys of a register tile
     constexpr int N = T::kParts;
     for (size_t j = 0; j < keys; j += J) {
