@@ -1,4 +1,4 @@
-"""The hot loops of the linear and attention kernels keep everything in registers: the built objects, as objdump reads them.
+"""The hot loops of the kernels keep everything in registers: the built objects, as objdump reads them.
 
 A hot loop is an innermost loop (a backward jump with no other inside) that multiplies, or a function that is one's body
 unrolled. It may write its results and read panels, also where those lie on the stack, through pointers. What it must
