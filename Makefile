@@ -37,6 +37,7 @@ sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer + UndefinedBeh
 	$(BIN)/cmake --build build/asan
 	build/asan/checks/kernel_check --shapes 40
 	build/asan/checks/ops_check
+	build/asan/checks/attention_check
 	build/asan/checks/pool_check
 	build/asan/checks/prefix_check pyengine/data/demo-q8_0.gguf
 	PYENGINE_CHECKS_DIR=build/asan/checks $(BIN)/python -m pytest tests/gguf -k "damage or cut or copying or typed"

@@ -39,6 +39,7 @@ struct Tables {
     if (cpu_features().avx512) {
       avx512_linear_q32(&kernels);
       avx512_linear_q256(&kernels);
+      avx512_attention(&kernels);
       set(Tier::kAvx512, kernels);
     }
 #endif

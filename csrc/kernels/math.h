@@ -61,6 +61,25 @@ static constexpr float kExpC6 = 0x1.6ac74ep-10f;
   return p * power_of_two(half) * power_of_two(e - half);
 }
 
+// The same of a vector, except its range: exp(x) = p * 2^n, and t, whose bits are kRoundMagicBits + n. V: a vector type with
+// set(float), sub and fma.
+template <class V>
+struct ExpParts {
+  typename V::Vector t, n, p;
+
+  explicit ExpParts(typename V::Vector x)
+      : t(V::fma(x, V::set(kLog2E), V::set(kRoundMagic))), n(V::sub(t, V::set(kRoundMagic))) {
+    auto r = V::fma(n, V::set(-kLn2High), x);
+    r = V::fma(n, V::set(-kLn2Low), r);
+    p = V::fma(V::set(kExpC6), r, V::set(kExpC5));
+    p = V::fma(p, r, V::set(kExpC4));
+    p = V::fma(p, r, V::set(kExpC3));
+    p = V::fma(p, r, V::set(kExpC2));
+    p = V::fma(p, r, V::set(1.0f));
+    p = V::fma(p, r, V::set(1.0f));
+  }
+};
+
 // gate / (1 + exp(-gate)) * up
 [[maybe_unused]] static inline float silu_mul_f32(float gate, float up) { return gate / (1.0f + exp_f32(-gate)) * up; }
 

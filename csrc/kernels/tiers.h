@@ -22,5 +22,6 @@ void avx2_attention(KernelTable* table);
 
 void avx512_linear_q32(KernelTable* table);   // Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL
 void avx512_linear_q256(KernelTable* table);  // Q2_K .. Q6_K, IQ4_XS
+void avx512_attention(KernelTable* table);
 
 }  // namespace pe

@@ -20,6 +20,10 @@ constexpr size_t kTasksPerThread = 8;
 // slowest kernel, the scalar one, takes 0.15 s for its 16 rows.
 constexpr size_t kTasksPerThreadMany = 4;
 constexpr size_t kTileRows = 32;
+// Attention of few tokens: chunks a thread takes at once, because a kernel fetches the keys that follow its own, and how
+// many such runs it gets at least.
+constexpr size_t kRunChunks = 4;
+constexpr size_t kRunsPerThread = 16;
 // Attention of many tokens: tiles a thread gets at least, where there are enough tokens.
 constexpr size_t kTilesPerThread = 4;
 
@@ -171,10 +175,12 @@ void attend_few(Team& team, Batch& b, size_t layer) {
   const size_t chunks = ceil_div(b.pos + b.n, kAttnChunk);
   const size_t heads = b.config.heads_per_kv();
   const size_t rows = b.n * heads;  // of a (KV head, chunk)
-  each(team, b.config.n_kv_heads * chunks, [&](size_t task) {
-    if (cancelled(b)) return;
-    attend_chunk(team, b, layer, {task / chunks, 0, b.n}, task % chunks, task * rows);
-  });
+  const size_t tasks = b.config.n_kv_heads * chunks;
+  team.for_each(tasks, std::clamp<size_t>(tasks / (kRunsPerThread * team.size()), 1, kRunChunks),
+                [&](size_t begin, size_t end) {
+                  for (size_t task = begin; task < end && !cancelled(b); ++task)
+                    attend_chunk(team, b, layer, {task / chunks, 0, b.n}, task % chunks, task * rows);
+                });
   each(team, b.n * b.config.n_heads, [&](size_t task) {
     if (cancelled(b)) return;
     const size_t t = task / b.config.n_heads;

@@ -1,4 +1,4 @@
-"""The hot loops of the linear kernels keep everything in registers: the built objects, as objdump reads them.
+"""The hot loops of the kernels keep everything in registers: the built objects, as objdump reads them.
 
 A hot loop is an innermost loop (a backward jump with no other inside) that multiplies, or a function that is one's body
 unrolled. It may write its results and read panels, also where those lie on the stack, through pointers. What it must
@@ -34,12 +34,18 @@ HOT = [
     ("avx2", "linear_q23k", r"multiply<", 6),
     ("avx2", "linear_q256", r"multiply<", 6),
     ("avx2", "linear_iq4", r"multiply<", 6),
+    ("avx2", "attention", r"(panel|score)<", 24),
+    ("avx512", "attention", r"(panel|score)<", 24),
     ("avx512", "linear_q32", r"multiply_panel<", 6),
     ("avx512", "linear_q256", r"multiply_panel<", 6),
 ]
 
 # What still keeps one vector, and how many instructions touch it: fewer is progress, more is not.
-KNOWN = {r"BlockQ5_1, true, true>::multiply<3>": 2}
+KNOWN = {
+    r"BlockQ5_1, true, true>::multiply<3>": 2,
+    r"score<.*Q8_0, 3,": 4,  # three heads, one token
+    r"panel<.*Panels, 6,": 2,  # the keys that not all of its six rows see
+}
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,20 @@
 // cache, in register tiles of 3 rows x 2 keys (scores) and 6 rows x 16 dimensions (values): 12 sums in flight hide the
 // latency of fma, 10 and 8 loads keep below its 12. Few rows (decode) widen in registers, straight from the cache.
 //
-// Bounds, and what ops_check --bench measures on one Zen 4 core of 3.7 GHz, 23 GB/s read stream (f16; q8_0):
+// Bounds, and what attention_check --bench measures on one Zen 5 core of 4.2 GHz, 29 GB/s read stream (f16; q8_0):
 //   prefill       16 MAC/cycle; exp, folds and merges leave about 13.8 at 4 heads x 128 and 12 at 1 x 64
-//                 4 x 128: 11.9; 11.7      1 x 64: 10; 10
-//   1 token       1 x 64: the stream for f16, 22.7 GB/s; q8_0 11.6 GB/s, bound by widening: as many keys per second as f16
-//                 4 x 128: fma: 64 cycles a key, 29 GB/s of f16 and 16 of q8_0; 13.0; 6.4
+//                 4 x 128: 13.2; 13.0      1 x 64: 11.8; 11.5
+//   1 token       1 x 64: the stream, 35 GB/s; q8_0: 18.9, bound by widening (load, convert, scale for each fma)
+//                 4 x 128: 64 fmas, 32 cycles a row: 33 GB/s of f16, 22.2 reached; q8_0: 16 products with the scale more, 40
+//                 cycles, 14 GB/s, 10.8 reached
+#include "kernels/attention.h"
+
 #include "kernels/avx2/vec.h"
-#include "kernels/kernels.h"
 #include "kernels/tiers.h"
+#include "kernels/unroll.h"
 
 namespace pe {
 namespace {
-
-constexpr size_t kFew = 4;  // rows that do not pay for widening a tile through memory
 
 // ---- eight elements of a row: d + 8 h .. d + 8 h + 7; d: a multiple of 16, h: 0 or 1 ----
 
@@ -80,32 +81,6 @@ void widen(const uint8_t* rows, size_t row_bytes, size_t keys, size_t dim, size_
   }
 }
 
-// ---- rows in groups of at most N, known at compile time ----
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-template <int N, class F>
-inline void rest(size_t n, size_t r, F f) {
-  if constexpr (N > 0) {
-    if (n == N) {
-      f(Count<N>(), r);
-    } else {
-      rest<N - 1>(n, r, f);
-    }
-  }
-}
-
-// f(Count, first row) over all rows: groups of N, then what is left.
-template <int N, class F>
-inline void for_groups(size_t rows, F f) {
-  size_t r = 0;
-  for (; r + N <= rows; r += N) f(Count<N>(), r);
-  rest<N - 1>(rows - r, r, f);
-}
-
 // Keeps the compiler from loading x anew for every use: loads would then bound the loop.
 inline void in_register(__m256& x) {
 #if defined(__GNUC__)
@@ -135,8 +110,11 @@ inline __m256 eighths(__m256 a, __m256 b) {  // lane[i] += lane[i + 1]: a's and 
 // multiple of 16.
 template <class T, int R, int J, int H>
 inline void lanes(const float* q, size_t dim, const uint8_t* const* k, int h, __m256 (*sum)[R][H]) {
+  PE_UNROLL
   for (int j = 0; j < J; ++j) {
+    PE_UNROLL
     for (int r = 0; r < R; ++r) {
+      PE_UNROLL
       for (int i = 0; i < H; ++i) sum[j][r][i] = _mm256_setzero_ps();
     }
   }
@@ -146,19 +124,27 @@ inline void lanes(const float* q, size_t dim, const uint8_t* const* k, int h, __
     return x;
   };
   for (size_t d = 0; d < dim; d += 16) {
+    PE_UNROLL
     for (int i = 0; i < H; ++i) {
       if constexpr (R > 3) {
         __m256 key[J];
+        PE_UNROLL
         for (int j = 0; j < J; ++j) key[j] = T::at(k[j], d, h + i);
+        PE_UNROLL
         for (int r = 0; r < R; ++r) {
           const __m256 row = query(r, d, h + i);
+          PE_UNROLL
           for (int j = 0; j < J; ++j) sum[j][r][i] = _mm256_fmadd_ps(row, key[j], sum[j][r][i]);
         }
       } else {
         __m256 row[R];
+        PE_UNROLL
         for (int r = 0; r < R; ++r) row[r] = query(r, d, h + i);
+        PE_UNROLL
         for (int j = 0; j < J; ++j) {
-          const __m256 key = T::at(k[j], d, h + i);
+          __m256 key = T::at(k[j], d, h + i);
+          if (R > 1) in_register(key);
+          PE_UNROLL
           for (int r = 0; r < R; ++r) sum[j][r][i] = _mm256_fmadd_ps(row[r], key, sum[j][r][i]);
         }
       }
@@ -172,16 +158,18 @@ inline void dots(const float* q, size_t dim, const uint8_t* const* k, __m256 (*b
   if constexpr (R <= 3 || J == 1) {
     __m256 sum[J][R][2];
     lanes<T, R, J, 2>(q, dim, k, 0, sum);
+    PE_UNROLL
     for (int j = 0; j < J; ++j) {
+      PE_UNROLL
       for (int r = 0; r < R; ++r) by8[j][r] = _mm256_add_ps(sum[j][r][0], sum[j][r][1]);
     }
-  } else if constexpr (T::kType == Kv::Q8_0) {  // whose halves share work: one key after the other
-    for (int j = 0; j < J; ++j) dots<T, R, 1>(q, dim, k + j, by8 + j);
   } else {  // one half after the other: all sums would not fit the registers
     __m256 low[J][R][1], high[J][R][1];
     lanes<T, R, J, 1>(q, dim, k, 0, low);
     lanes<T, R, J, 1>(q, dim, k, 1, high);
+    PE_UNROLL
     for (int j = 0; j < J; ++j) {
+      PE_UNROLL
       for (int r = 0; r < R; ++r) by8[j][r] = _mm256_add_ps(low[j][r][0], high[j][r][0]);
     }
   }
@@ -189,11 +177,13 @@ inline void dots(const float* q, size_t dim, const uint8_t* const* k, __m256 (*b
 
 // s[r][j] = dot16(q[r], k[j]) * scale for R rows, whose scores lie kAttnChunk apart. Up to seven scores past `keys` are
 // written; only the rows of the keys are read, in order.
-template <class T, int R>
-inline void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, size_t keys, float scale, float* s) {
+template <class T, int R, class A>
+PE_NOINLINE void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, size_t keys, float scale,
+                       float* s, A& ahead) {
   constexpr int J = R == 1 ? 4 : 2;  // keys of a register tile
   const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (size_t j = 0; j < keys; j += 8) {
+    ahead.step();
     alignas(32) float by4[R][4][8];  // of keys 2 i and 2 i + 1
     for (int i = 0; i < 8; i += J) {
       const uint8_t* key[J];
@@ -219,24 +209,14 @@ inline void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes
 // exp_f32 of each lane, for x <= 0 or NaN. Where exp_f32 says 0 at once, so does the last product here: -105 and all
 // above it down to exp_f32's limit give less than 2^-150.
 inline __m256 exp8_below_0(__m256 x) {
-  const __m256 magic = _mm256_set1_ps(kRoundMagic);
   x = _mm256_max_ps(_mm256_set1_ps(-105.0f), x);  // a NaN in the second operand stays
-  const __m256 t = _mm256_fmadd_ps(x, _mm256_set1_ps(kLog2E), magic);
-  const __m256 n = _mm256_sub_ps(t, magic);
-  __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-kLn2High), x);
-  r = _mm256_fmadd_ps(n, _mm256_set1_ps(-kLn2Low), r);
-  __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(kExpC6), r, _mm256_set1_ps(kExpC5));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpC4));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpC3));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpC2));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  const ExpParts<Float8> parts(x);
   // The magic's low nine bits, and those of its half, are zero: shifted by 23 they leave n alone.
-  const __m256i e = _mm256_castps_si256(t), half = _mm256_srai_epi32(e, 1),
+  const __m256i e = _mm256_castps_si256(parts.t), half = _mm256_srai_epi32(e, 1),
                 one = _mm256_castps_si256(_mm256_set1_ps(1));
   const __m256i s1 = _mm256_add_epi32(_mm256_slli_epi32(half, 23), one);
   const __m256i s2 = _mm256_add_epi32(_mm256_slli_epi32(_mm256_sub_epi32(e, half), 23), one);
-  return _mm256_mul_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(s1)), _mm256_castsi256_ps(s2));
+  return _mm256_mul_ps(_mm256_mul_ps(parts.p, _mm256_castsi256_ps(s1)), _mm256_castsi256_ps(s2));
 }
 
 // p[0 .. n) from scores to weights: exp(p - max). Returns sum16 of the weights; *max is the maximum.
@@ -288,11 +268,13 @@ float weigh(float* p, size_t n, float* max) {
 
 // acc[r][d .. d + 16 P) continued over a tile of keys, of which row r sees the first end[r] (ascending). acc starts at +0
 // in the first tile.
-template <class T, int R, int P>
-inline void values(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t d, bool first,
-                   float* acc, size_t acc_stride) {
+template <class T, int R, int P, class A>
+PE_NOINLINE void panel(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t d, bool first,
+                       float* acc, size_t acc_stride, A& ahead) {
   Lanes16 sum[R][P];
+  PE_UNROLL
   for (int r = 0; r < R; ++r) {
+    PE_UNROLL
     for (int i = 0; i < P; ++i) {
       const float* from = acc + static_cast<size_t>(r) * acc_stride + d + static_cast<size_t>(16 * i);
       sum[r][i].a = first ? _mm256_setzero_ps() : _mm256_load_ps(from);
@@ -300,29 +282,40 @@ inline void values(const float* p, const size_t* end, const uint8_t* v, size_t r
     }
   }
   size_t j = 0;
-  for (; j < end[0]; ++j, v += row_bytes) {
-    Lanes16 row[P];
-    for (int i = 0; i < P; ++i) row[i] = at16<T>(v, d + static_cast<size_t>(16 * i));
-    for (int r = 0; r < R; ++r) {
-      const __m256 weight = _mm256_broadcast_ss(p + static_cast<size_t>(r) * kAttnChunk + j);
-      for (int i = 0; i < P; ++i) {
-        sum[r][i].a = _mm256_fmadd_ps(weight, row[i].a, sum[r][i].a);
-        sum[r][i].b = _mm256_fmadd_ps(weight, row[i].b, sum[r][i].b);
+  while (j < end[0]) {
+    ahead.step();
+    const size_t stop = j + 8 < end[0] ? j + 8 : end[0];
+    for (; j < stop; ++j, v += row_bytes) {
+      Lanes16 row[P];
+      PE_UNROLL
+      for (int i = 0; i < P; ++i) row[i] = at16<T>(v, d + static_cast<size_t>(16 * i));
+      PE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const __m256 weight = _mm256_broadcast_ss(p + static_cast<size_t>(r) * kAttnChunk + j);
+        PE_UNROLL
+        for (int i = 0; i < P; ++i) {
+          sum[r][i].a = _mm256_fmadd_ps(weight, row[i].a, sum[r][i].a);
+          sum[r][i].b = _mm256_fmadd_ps(weight, row[i].b, sum[r][i].b);
+        }
       }
     }
   }
   for (; j < end[R - 1]; ++j, v += row_bytes) {  // the diagonal
+    PE_UNROLL
     for (int i = 0; i < P; ++i) {
       const Lanes16 row = at16<T>(v, d + static_cast<size_t>(16 * i));
+      PE_UNROLL
       for (int r = 0; r < R; ++r) {
-        if (j >= end[r]) continue;
+        const __m256i sees = _mm256_set1_epi32(j < end[r] ? -1 : 0);
         const __m256 weight = _mm256_broadcast_ss(p + static_cast<size_t>(r) * kAttnChunk + j);
-        sum[r][i].a = _mm256_fmadd_ps(weight, row.a, sum[r][i].a);
-        sum[r][i].b = _mm256_fmadd_ps(weight, row.b, sum[r][i].b);
+        sum[r][i].a = keep(sum[r][i].a, _mm256_fmadd_ps(weight, row.a, sum[r][i].a), sees);
+        sum[r][i].b = keep(sum[r][i].b, _mm256_fmadd_ps(weight, row.b, sum[r][i].b), sees);
       }
     }
   }
+  PE_UNROLL
   for (int r = 0; r < R; ++r) {
+    PE_UNROLL
     for (int i = 0; i < P; ++i) {
       float* to = acc + static_cast<size_t>(r) * acc_stride + d + static_cast<size_t>(16 * i);
       _mm256_store_ps(to, sum[r][i].a);
@@ -331,126 +324,38 @@ inline void values(const float* p, const size_t* end, const uint8_t* v, size_t r
   }
 }
 
-template <class T, int R>
-inline void value(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t d, size_t dim,
-                  bool first, float* acc, size_t acc_stride) {
-  constexpr int P = R == 1 ? 4 : R == 2 ? 2 : 1;
-  for (; d + 16 * P <= dim; d += 16 * P) values<T, R, P>(p, end, v, row_bytes, d, first, acc, acc_stride);
-  for (; d < dim; d += 16) values<T, R, 1>(p, end, v, row_bytes, d, first, acc, acc_stride);
-}
+struct Kernels {
+  static constexpr size_t kFew = 4;
+  static constexpr int kScoreRows = 3, kValueRows = 6, kDirectRows = 4;
+  static constexpr size_t kDirectSteps = kAttnTile / 8;
+  using WideKeys = F32;
+  using WideValues = Panels;
+  static size_t value_stride(size_t) { return 16 * sizeof(float); }
 
-// ---- a chunk ----
+  template <class T>
+  static void widen_keys(const uint8_t* rows, size_t row_bytes, size_t n, size_t dim, float* tile) {
+    widen<T>(rows, row_bytes, n, dim, pad16(dim), 1, tile);
+  }
+  template <class T>
+  static void widen_values(const uint8_t* rows, size_t row_bytes, size_t n, size_t dim, float* tile) {
+    widen<T>(rows, row_bytes, n, dim, 16, kAttnTile, tile);
+  }
+  template <class T, int R, class A>
+  static void score(const float* q, size_t dim, const uint8_t* k, size_t row_bytes, size_t keys, float scale, float* s,
+                    A& ahead) {
+    pe::score<T, R>(q, dim, k, row_bytes, keys, scale, s, ahead);
+  }
+  static float weigh(float* p, size_t n, float* max) { return pe::weigh(p, n, max); }
 
-// Reads every line of a tile in order. The columns of a register tile are too narrow for the hardware to see a stream;
-// this it sees (from memory, four heads of 128: 10 us a chunk instead of 18; prefetch instructions gave 14).
-inline void touch(const uint8_t* tile, size_t bytes) {
-  const volatile uint8_t* p = tile;
-  for (size_t i = 0; i < bytes; i += 64) static_cast<void>(p[i]);
-}
-
-// Fetches the tile that comes next while this one is multiplied: a share of its lines with each group of rows.
-struct Ahead {
-  const uint8_t* next;
-  const uint8_t* end;
-  size_t share;
-
-  Ahead(const uint8_t* from, size_t bytes, size_t groups)
-      : next(from), end(from + bytes), share((bytes / groups + 63) / 64) {}
-  void step() {
-    for (size_t i = 0; i < share && next < end; ++i, next += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+  template <class T, int R, class A>
+  static void values(const float* p, const size_t* end, const uint8_t* v, size_t row_bytes, size_t dim, bool first,
+                     float* acc, size_t acc_stride, A& ahead) {
+    constexpr int P = R <= 2 ? 2 : 1;
+    size_t d = 0;
+    for (; d + 16 * P <= dim; d += 16 * P) panel<T, R, P>(p, end, v, row_bytes, d, first, acc, acc_stride, ahead);
+    for (; d < dim; d += 16) panel<T, R, 1>(p, end, v, row_bytes, d, first, acc, acc_stride, ahead);
   }
 };
-
-// Rows r0 .. r0 + rows of the call, at most kAttnRows.
-template <class T, bool kDirect>
-void block(const AttnArgs& args, size_t r0, size_t rows) {
-  const size_t dim_k = pad16(args.head_dim_k), dim_v = pad16(args.head_dim_v);
-  float* const q = args.work;                      // [rows][dim_k], zero-padded
-  float* const p = q + kAttnRows * dim_k;          // [rows][kAttnChunk]
-  float* const tile = p + kAttnRows * kAttnChunk;  // [kAttnTile][dim]
-  float* const acc = args.acc + r0 * args.acc_stride;
-  size_t n[kAttnRows];  // keys of each row
-  for (size_t r = 0; r < rows; ++r) {
-    const size_t t = (r0 + r) / args.heads;
-    const float* from = args.q + t * args.q_stride + (r0 + r) % args.heads * args.head_dim_k;
-    for (size_t d = 0; d < dim_k; d += 16) {
-      const size_t left = args.head_dim_k - d;
-      const uint8_t* bytes = reinterpret_cast<const uint8_t*>(from + d);
-      const Lanes16 x = left >= 16 ? at16<F32>(bytes, 0) : part<F32>(bytes, 0, left);
-      _mm256_store_ps(q + r * dim_k + d, x.a);
-      _mm256_store_ps(q + r * dim_k + d + 8, x.b);
-    }
-    n[r] = args.keys + t < kAttnChunk ? args.keys + t : kAttnChunk;
-  }
-  const size_t keys = n[rows - 1];
-
-  const uint8_t* k = static_cast<const uint8_t*>(args.k);
-  const size_t k_bytes = kv_row_bytes(T::kType, args.head_dim_k);
-  const uint8_t* v = static_cast<const uint8_t*>(args.v);
-  const size_t v_bytes = kv_row_bytes(T::kType, args.head_dim_v);
-  for (size_t j = 0; j < keys; j += kAttnTile, k += kAttnTile * k_bytes) {
-    const size_t in_tile = keys - j < kAttnTile ? keys - j : kAttnTile;
-    if constexpr (kDirect) {
-      touch(k, in_tile * k_bytes);
-    } else {
-      widen<T>(k, k_bytes, in_tile, args.head_dim_k, dim_k, 1, tile);
-    }
-    const bool more = j + kAttnTile < keys;
-    Ahead ahead(more ? k + kAttnTile * k_bytes : v, kAttnTile * (more ? k_bytes : v_bytes), rows / 3 + 1);
-    for_groups<kDirect ? 4 : 3>(rows, [&](auto count, size_t r) {
-      constexpr int R = decltype(count)::value;
-      if constexpr (!kDirect) ahead.step();
-      const size_t last = n[r + R - 1];
-      if (last <= j) return;
-      const size_t seen = last - j < in_tile ? last - j : in_tile;
-      if constexpr (kDirect) {
-        score<T, R>(q + r * dim_k, dim_k, k, k_bytes, seen, args.scale, p + r * kAttnChunk + j);
-      } else {
-        score<F32, R>(q + r * dim_k, dim_k, reinterpret_cast<const uint8_t*>(tile), 4 * dim_k, seen, args.scale,
-                      p + r * kAttnChunk + j);
-      }
-    });
-  }
-  for (size_t r = 0; r < rows; ++r) args.sum[r0 + r] = weigh(p + r * kAttnChunk, n[r], args.m + r0 + r);
-
-  for (size_t j = 0; j < keys; j += kAttnTile, v += kAttnTile * v_bytes) {
-    const size_t in_tile = keys - j < kAttnTile ? keys - j : kAttnTile;
-    if constexpr (kDirect) {
-      touch(v, in_tile * v_bytes);
-    } else {
-      widen<T>(v, v_bytes, in_tile, args.head_dim_v, 16, kAttnTile, tile);
-    }
-    size_t end[kAttnRows];
-    for (size_t r = 0; r < rows; ++r) end[r] = n[r] <= j ? 0 : n[r] - j < in_tile ? n[r] - j : in_tile;
-    const bool more = j + kAttnTile < keys;  // then the next chunk, which may not be there: fetching it does no harm
-    Ahead ahead(more ? v + kAttnTile * v_bytes : k, kAttnTile * (more ? v_bytes : k_bytes), rows / 6 + 1);
-    const auto each = [&](size_t d0, size_t d1) {
-      for_groups<kDirect ? 4 : 6>(rows, [&](auto count, size_t r) {
-        constexpr int R = decltype(count)::value;
-        if constexpr (!kDirect) ahead.step();
-        if (end[r + R - 1] == 0) return;
-        float* to = acc + r * args.acc_stride;
-        const float* weights = p + r * kAttnChunk + j;
-        if constexpr (kDirect) {
-          value<T, R>(weights, end + r, v, v_bytes, d0, d1, j == 0, to, args.acc_stride);
-        } else {
-          value<Panels, R>(weights, end + r, reinterpret_cast<const uint8_t*>(tile), 64, d0, d1, j == 0, to,
-                           args.acc_stride);
-        }
-      });
-    };
-    each(0, dim_v);
-  }
-}
-
-template <class T>
-void attn_chunk(const AttnArgs& args) {
-  const size_t rows = args.tokens * args.heads;
-  const bool direct = rows <= kFew && args.head_dim_k % 16 == 0 && args.head_dim_v % 16 == 0;
-  if (direct) return block<T, true>(args, 0, rows);
-  for (size_t r = 0; r < rows; r += kAttnRows) block<T, false>(args, r, rows - r < kAttnRows ? rows - r : kAttnRows);
-}
 
 // y[d] = fma(a[d], c, b[d]); y may be a or b.
 void scale_add(const float* a, float c, const float* b, size_t dim, float* y) {
@@ -528,9 +433,9 @@ void store_q8_0(const float* x, size_t n, void* dst) {
 void avx2_attention(KernelTable* table) {
   table->store_kv[static_cast<int>(Kv::F16)] = store_f16;
   table->store_kv[static_cast<int>(Kv::Q8_0)] = store_q8_0;
-  table->attn_chunk[static_cast<int>(Kv::F16)] = attn_chunk<F16>;
-  table->attn_chunk[static_cast<int>(Kv::F32)] = attn_chunk<F32>;
-  table->attn_chunk[static_cast<int>(Kv::Q8_0)] = attn_chunk<Q8_0>;
+  table->attn_chunk[static_cast<int>(Kv::F16)] = attn_chunk<Kernels, F16>;
+  table->attn_chunk[static_cast<int>(Kv::F32)] = attn_chunk<Kernels, F32>;
+  table->attn_chunk[static_cast<int>(Kv::Q8_0)] = attn_chunk<Kernels, Q8_0>;
   table->attn_merge = attn_merge;
   table->attn_finish = attn_finish;
 }

@@ -39,25 +39,22 @@ struct Tail16 {
   return _mm256_blendv_ps(untouched, touched, _mm256_castsi256_ps(mask));
 }
 
+struct Float8 {
+  using Vector = __m256;
+  static Vector set(float x) { return _mm256_set1_ps(x); }
+  static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+  static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+};
+
 // exp_f32 of each lane.
 [[maybe_unused]] inline __m256 exp8(__m256 x) {
-  const __m256 magic = _mm256_set1_ps(kRoundMagic);
-  const __m256 t = _mm256_fmadd_ps(x, _mm256_set1_ps(kLog2E), magic);
-  const __m256 n = _mm256_sub_ps(t, magic);
-  __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-kLn2High), x);
-  r = _mm256_fmadd_ps(n, _mm256_set1_ps(-kLn2Low), r);
-  __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(kExpC6), r, _mm256_set1_ps(kExpC5));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpC4));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpC3));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpC2));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  const __m256i e = _mm256_sub_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(kRoundMagicBits));
+  const ExpParts<Float8> parts(x);
+  const __m256i e = _mm256_sub_epi32(_mm256_castps_si256(parts.t), _mm256_set1_epi32(kRoundMagicBits));
   const __m256i half = _mm256_srai_epi32(e, 1);
   const __m256i bias = _mm256_set1_epi32(127);
   const __m256i s1 = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
   const __m256i s2 = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(e, half), bias), 23);
-  __m256 y = _mm256_mul_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(s1)), _mm256_castsi256_ps(s2));
+  __m256 y = _mm256_mul_ps(_mm256_mul_ps(parts.p, _mm256_castsi256_ps(s1)), _mm256_castsi256_ps(s2));
   // Outside the range y is noise (a NaN stays a NaN: neither comparison holds).
   const __m256 high = _mm256_cmp_ps(x, _mm256_set1_ps(kExpHigh), _CMP_GT_OQ);
   const __m256 low = _mm256_cmp_ps(x, _mm256_set1_ps(kExpLow), _CMP_LT_OQ);

@@ -18,16 +18,7 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
-
-#if defined(__GNUC__)
-#define PE_UNROLL _Pragma("GCC unroll 16")
-#define PE_LOOP _Pragma("GCC unroll 1")
-#define PE_INLINE inline __attribute__((always_inline))
-#else
-#define PE_UNROLL
-#define PE_LOOP
-#define PE_INLINE __forceinline
-#endif
+#include "kernels/unroll.h"
 
 namespace pe {
 namespace {
@@ -238,7 +229,7 @@ PE_INLINE void multiply_parts(const Panel<K>* panels, size_t b, const Tokens<T>&
 
 // acc[R][T][16] += R panels * T tokens; a panel's acc lie kBatch apart.
 template <class K, int T, int R>
-__attribute__((noinline)) void multiply_panel(const Panel<K>* panels, const LinearArgs& args, const ActLayout& at,
+PE_NOINLINE void multiply_panel(const Panel<K>* panels, const LinearArgs& args, const ActLayout& at,
                                               size_t token, size_t first, size_t n, float (*acc)[kRows]) {
   const Tokens<T> x(args, at, token);
   __m512 f[R][T];
