@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 CHECKS := $(wildcard tests/*/*_check.cc) benchmarks/limits.cc
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: run test test-peers lint format sanitize limits bench wheel wheel-check clean
+.PHONY: run test test-peers determinism determinism-aarch64 golden lint format sanitize limits bench wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
 	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
@@ -20,6 +20,24 @@ test: $(VENV)/.test  ## the whole suite
 test-peers: $(VENV)/.test  ## compare with llama.cpp (installs llama-cpp-python)
 	$(BIN)/python -m pip install -q "llama-cpp-python>=0.3"
 	$(BIN)/python -m pytest -m peer tests/peers $(PYTEST_ARGS)
+
+determinism: $(VENV)/.test  ## the one-answer contract over its whole matrix, and the golden hashes on every tier (long)
+	$(BIN)/python -m tests.determinism.golden
+	$(BIN)/python -m tests.determinism.matrix
+
+AARCH64 = aarch64-linux-gnu
+determinism-aarch64: $(VENV)/.test  ## the golden hashes on an emulated aarch64 processor (ALL=1: of every format)
+	@for tool in $(AARCH64)-gcc $(AARCH64)-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+	  echo "$$tool is missing: on Debian, apt-get install g++-$(AARCH64) qemu-user"; exit 1; }; done
+	$(BIN)/cmake -S . -B build/aarch64 -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_WERROR=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_C_COMPILER=$(AARCH64)-gcc -DCMAKE_CXX_COMPILER=$(AARCH64)-g++
+	$(BIN)/cmake --build build/aarch64 --target logits_check
+	$(BIN)/python -m tests.determinism.golden $(if $(ALL),,--quick) \
+	  --program build/aarch64/checks/logits_check --emulator "qemu-aarch64 -L /usr/$(AARCH64)"
+
+golden: $(VENV)/.test  ## adds to golden.json what it lacks, after a new numerics epoch (docs/numerics.md)
+	$(BIN)/python -m tests.determinism.golden --write
 
 lint: $(VENV)/.test  ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

@@ -43,10 +43,3 @@ def test_an_unknown_tier_is_an_error_that_names_it_and_what_there_is(tier: str) 
     assert "CpuError" in done.stderr
     assert 'asks for "sse9"' in done.stderr
     assert "scalar" in done.stderr
-
-
-def test_the_bits_of_this_numerics_epoch_are_the_published_ones() -> None:
-    """A change needs a new numerics epoch and a line in docs/numerics.md (a new demo model: only a new hash here)."""
-    golden = {1: "acb94cd95da9c76e3cfc1ab5a2b78c7eeb5e1d728c0235e7f00163a4911aa1e1"}
-    done = run(quant.tier_active(), str(pyengine.demo_model_path()))
-    assert done.stdout.strip() == golden[pyengine.numerics_epoch()]
