@@ -168,6 +168,19 @@ def test_a_second_thread_gets_an_error_not_a_corrupted_cache(demo: Model) -> Non
         assert refused
 
 
+def test_idle_sessions_of_two_models_use_no_cpu_time_and_change_no_answer(demo: Model) -> None:
+    with Model.open(pyengine.demo_model_path()) as other, demo.session(threads=2) as a, other.session(threads=3) as b:
+        for _ in range(3):
+            for session in (a, b):
+                session.eval([1, 2, 3])
+        other.tokenizer  # noqa: B018 - the thread that builds it has ended then
+        time.sleep(0.05)
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.02
+        assert a.eval([5, 6]).tobytes() == b.eval([5, 6]).tobytes()
+
+
 def test_cancel_from_another_thread_stops_a_prefill_and_keeps_whole_chunks(demo: Model) -> None:
     with demo.session(n_ctx=8192, threads=2, chunk=32) as session:
         stopper = threading.Timer(0.05, session.cancel)

@@ -1,6 +1,6 @@
 """The one-answer contract over its whole matrix: one hash per model, prompt and cache type, whatever computes it.
 
-    python -m tests.determinism.matrix [--quick] [--only MODEL ...] [--data FOLDER]
+    python -m tests.determinism.matrix [--quick] [--only MODEL ...] [--kv TYPE ...] [--data FOLDER]
 
 An answer is the logits of every position of a prompt and of the text generated after it, with that text. It is worked
 out on every instruction-set tier of this machine (a process each), with 1, 2, 3, 4 and 7 threads, in chunks of 1, 3,
@@ -41,7 +41,7 @@ from tests.support import DATA, HAVE_DATA
 THREADS = (1, 2, 3, 4, 7)
 CHUNKS = (1, 3, 32, 128, 512)
 SPECULATION = ("off", "ngram", "foreseen")
-N_TEXT = 16  # tokens generated after a prompt
+N_TEXT = 12  # tokens generated after a prompt
 SETTINGS = SamplerSettings(seed=1, temperature=0.8)
 
 _PHRASE = [3 + (7 * i * i + 3 * i) % 401 for i in range(24)]
@@ -81,26 +81,30 @@ class Cell(NamedTuple):
     hit: Hit
 
 
-def cells(name: str, tier: str, quick: bool) -> Iterator[Cell]:
+def cells(name: str, tier: str, quick: bool, kv_types: Sequence[KvType] = tuple(KV_TYPES)) -> Iterator[Cell]:
     """What one tier computes of a model.
 
-    The short prompt: the whole product on the fast tiers; with scalar kernels (a hundred times slower) and in the quick
-    share every number of threads, every chunk and every hit, but not with one another. The long prompt goes beyond the
-    borders that the short one does not reach: every number of threads with every chunk, where small steps (a barrier
-    costs more than their work) begin at a cache hit.
+    The short prompt: the whole product for one weight type of each architecture on the fast tiers; for the other types
+    all threads with all chunks, the hits in turn; with scalar kernels (a hundred times slower) and in the quick share
+    all threads, chunks and hits, but not all with one another. The long prompt goes beyond the borders that the short
+    one does not reach; where it is computed in small steps (a barrier costs more than their work) they begin at a hit.
     """
     short, long = HITS["short"], HITS["long"]
+    fast = tier != "scalar"
+    pairs = list(itertools.product(THREADS, CHUNKS))
+    few = [(threads, CHUNKS[(n + 2) % len(CHUNKS)]) for n, threads in enumerate(THREADS)]
     for i, kv in enumerate(KV_TYPES):
-        if quick or tier == "scalar":
-            for n, threads in enumerate(THREADS):
-                yield Cell(name, "short", kv, threads, CHUNKS[(n + 2) % len(CHUNKS)], short[(n + i) % len(short)])
-            yield Cell(name, "long", kv, 2, 128, long[-1])
-        else:
-            for (threads, chunk), hit in itertools.product(itertools.product(THREADS, CHUNKS), short):
+        if kv not in kv_types:
+            continue
+        whole = fast and not quick and (name.endswith("Q4_K_M") or name == models.DEMO)
+        for n, (threads, chunk) in enumerate(pairs if fast and not quick else few):
+            for hit in short if whole else (short[(n + i) % len(short)],):
                 yield Cell(name, "short", kv, threads, chunk, hit)
-            for threads, chunk in itertools.product(THREADS, CHUNKS):
+        if whole:
+            for threads, chunk in pairs:
                 yield Cell(name, "long", kv, threads, chunk, COLD if chunk >= 32 else long[2])
-            for hit in long[1:]:
+        if fast or not quick:
+            for hit in long[3:] if quick or not fast else long[1:]:
                 yield Cell(name, "long", kv, 2, 128, hit)
 
 
@@ -225,13 +229,13 @@ def answers(cell: Cell, path: Path, texts: dict[Any, list[int]], spoil: bool = F
             session.truncate(len(prompt))
 
 
-def work(names: Sequence[str], folder: Path, quick: bool, spoil: int) -> None:
+def work(names: Sequence[str], folder: Path, quick: bool, kv_types: Sequence[KvType], spoil: int) -> None:
     """One tier's share, a line of JSON for each answer."""
     tier = quant.tier_active()
     number = itertools.count()
     for name in names:
         texts: dict[Any, list[int]] = {}
-        for cell in cells(name, tier, quick):
+        for cell in cells(name, tier, quick, kv_types):
             try:
                 for answer in answers(cell, folder / f"{name}.gguf", texts, spoil=next(number) == spoil):
                     print(json.dumps({"tier": tier, **answer}), flush=True)
@@ -279,11 +283,29 @@ class Verdict:
             )
 
 
-def run(names: Sequence[str], folder: Path, quick: bool, spoil: int = -1, progress: bool = True) -> Verdict:
+def run(
+    names: Sequence[str],
+    folder: Path,
+    quick: bool,
+    kv_types: Sequence[KvType] = tuple(KV_TYPES),
+    spoil: int = -1,
+    progress: bool = True,
+) -> Verdict:
     verdict, start = Verdict(), time.monotonic()
-    expected = sum(len(SPECULATION) for tier in quant.tiers() for name in names for _ in cells(name, tier, quick))
+    plan = (cells(name, tier, quick, kv_types) for tier in quant.tiers() for name in names)
+    expected = len(SPECULATION) * sum(1 for each in plan for _ in each)
     for tier in reversed(quant.tiers()):
-        command = [sys.executable, "-m", "tests.determinism.matrix", "--worker", str(folder), "--only", *names]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.determinism.matrix",
+            "--worker",
+            str(folder),
+            "--only",
+            *names,
+            "--kv",
+            *kv_types,
+        ]
         command += ["--quick"] * quick + ["--spoil", str(spoil if tier == quant.tier_active() else -1)]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYENGINE_ISA": tier}
@@ -313,6 +335,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a share of it")
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="such as qwen2-Q4_0 or demo-q8_0; default: all")
+    parser.add_argument("--kv", nargs="+", choices=KV_TYPES, default=list(KV_TYPES), help="cache types; default: all")
     parser.add_argument(
         "--data", type=Path, default=DATA if HAVE_DATA else None, help="test data (default: %(default)s)"
     )
@@ -320,7 +343,7 @@ def main() -> int:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.only, args.worker, args.quick, args.spoil)
+        work(args.only, args.worker, args.quick, args.kv, args.spoil)
         return 0
     if args.data is None:
         print("no test data (PYENGINE_TEST_DATA, ../shared/data): the demo model only", file=sys.stderr)
@@ -328,7 +351,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pyengine-determinism-") as folder:
         for name in names:
             models.make(name, Path(folder), args.data)
-        verdict = run(names, Path(folder), args.quick, args.spoil)
+        verdict = run(names, Path(folder), args.quick, args.kv, args.spoil)
     for failure in verdict.failures[:20]:
         print(f"FAILED: {failure}")
     print(

