@@ -88,7 +88,7 @@ pe_status pe_format_at(size_t index, pe_format* out) {
     std::memset(&not_null(out, "out"), 0, sizeof *out);
     if (index >= kFormats) bad_argument("index", "is past the last format");
     const FormatInfo& f = kFormatInfo[index];
-    *out = {f.type, f.name, f.block, f.bytes, 1};
+    *out = {f.type, f.name, f.block, f.bytes, can_quantise(static_cast<Format>(index)) ? 1 : 0};
   });
 }
 
@@ -110,6 +110,9 @@ pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, siz
                            size_t dst_size, uint32_t n_threads) {
   return guarded([&] {
     const Format format = format_of(type);
+    if (!can_quantise(format))
+      throw Error(Status::kUnsupported, "read_only_format",
+                  std::string(format_info(format).name) + " can be read, but not written");
     auto* out = static_cast<uint8_t*>(dst);
     not_null(src, "src");
     not_null(out, "dst");

@@ -30,6 +30,7 @@ struct Tables {
       avx2_linear_q5(&kernels);
       avx2_linear_q23k(&kernels);
       avx2_linear_iq4(&kernels);
+      avx2_linear_iq(&kernels);
       avx2_ops(&kernels);
       avx2_attention(&kernels);
       set(Tier::kAvx2, kernels);

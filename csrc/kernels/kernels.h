@@ -68,11 +68,14 @@ static inline ActLayout act_layout(Act act, size_t n) {
 // Quantised formats. For each block of the weights (32 or 256 of them) the integer sums are exact; then one float chain per
 // output runs over the blocks in ascending order, starting at acc = +0. d, m, dmin: the block's fp16 scales as float;
 // a = the activation block's scale; I, S: int32 converted to float with one rounding. sum(q) below is over the activations.
-//   Q4_0  codes u-8        Q5_0  codes u-16      Q8_0  codes      IQ4_NL  codes from its table
+//   Q4_0  codes u-8        Q5_0  codes u-16      Q8_0  codes      IQ4_NL, MXFP4  codes from a table; d = 2^(e-128) for MXFP4
 //           acc = fma(d * a, I, acc)                          I = sum(code * q)
 //   Q4_1, Q5_1: as above with unsigned codes, then acc = fma(m * a, S, acc), S = sum(q)
 //   Q6_K, Q3_K, IQ4_XS: acc = fma(d * a, I, acc)              I = sum over sub-blocks of scale_j * sum(code * q)
 //   Q2_K, Q4_K, Q5_K: acc = fma(d * a, I, acc), then acc = fma(-(dmin * a), M, acc), M = sum over sub-blocks of min_j * sum(q)
+//   IQ1_*, IQ2_*, IQ3_*, TQ1_0, TQ2_0: acc = fma(D * a, I, acc), I as for Q6_K with scale_j = 2 sc_j + 1 (1 for TQ) and the
+//           codes of formats.h; D = d times the power of two that stands there, exactly: d/8 for IQ1 and IQ2, d/4 for
+//           IQ3_XXS, d for IQ3_S and TQ. |I| < 2^26
 // F32, F16, BF16: dot16 of the exactly widened weights and the float activations.
 // The answer for (t, r) never depends on which other rows or tokens are computed in the same call.
 

@@ -124,6 +124,69 @@ struct BlockIQ4_XS {  // sub-blocks of 32: x = d (sc - 32) kIq4Values[u]
   uint8_t qs[128];      // qs[16 j + i]: code 32 j + i in the low nibble, 32 j + 16 + i in the high
 };
 
+// 256 weights of which eight (IQ2, IQ1) or four (IQ3) neighbours are an entry of a codebook (codebooks.h). IQ2 and IQ3:
+// the entry holds magnitudes, and each weight has a sign bit. Where an entry is said to have 7 of them (signs8) the last
+// is set when the others are odd in number: a field of 28 bits holds those of four entries. IQ1: an entry holds -1 .. 1,
+// to which +-1/8 is added; the code is eight times that. Scales sc count half steps: 2 sc + 1.
+struct BlockIQ2_XXS {  // sub-blocks of 32: x = d/8 (2 sc + 1) code
+  uint16_t d;
+  struct {
+    uint8_t entry[4];
+    uint32_t signs;  // 4 x 7 bits; sc in the top 4
+  } sub[8];
+};
+struct BlockIQ2_XS {  // sub-blocks of 16: x = d/8 (2 sc + 1) code
+  uint16_t d;
+  uint16_t qs[32];    // entry in 9 bits, signs in 7
+  uint8_t scales[8];  // sc of sub-blocks 2 j (low half), 2 j + 1 (high half)
+};
+struct BlockIQ2_S {  // sub-blocks of 16: x = d/8 (2 sc + 1) code
+  uint16_t d;
+  uint8_t qs[32];     // low 8 bits of an entry
+  uint8_t signs[32];  // of its codes
+  uint8_t qh[8];      // bits 2 i, 2 i + 1 of qh[j]: bits 8, 9 of entry 4 j + i
+  uint8_t scales[8];
+};
+struct BlockIQ3_XXS {  // sub-blocks of 32: x = d/4 (2 sc + 1) code
+  uint16_t d;
+  uint8_t qs[64];     // entry
+  uint32_t signs[8];  // of each sub-block: 4 x 7 bits, for eight codes each; sc in the top 4
+};
+struct BlockIQ3_S {  // sub-blocks of 32: x = d (2 sc + 1) code
+  uint16_t d;
+  uint8_t qs[64];     // low 8 bits of an entry
+  uint8_t qh[8];      // bit i of qh[j]: bit 8 of entry 8 j + i
+  uint8_t signs[32];  // of eight codes each
+  uint8_t scales[4];  // sc of sub-blocks 2 j (low half), 2 j + 1 (high half)
+};
+struct BlockIQ1_S {  // sub-blocks of 32: x = d/8 (2 sc + 1) code
+  uint16_t d;
+  uint8_t qs[32];  // low 8 bits of an entry
+  uint16_t qh[8];  // of each sub-block: 4 x bits 8, 9, 10 of an entry, sc in 3 bits, the top bit: 1/8 is subtracted
+};
+struct BlockIQ1_M {    // sub-blocks of 16: x = d/8 (2 sc + 1) code
+  uint8_t qs[32];      // low 8 bits of an entry
+  uint8_t qh[16];      // a nibble for each entry: its bits 8, 9, 10, and whether 1/8 is subtracted
+  uint16_t scales[4];  // sc of sub-blocks 4 j .. 4 j + 3 in 3 bits each; in the top 4 bits of the four words: d
+};
+
+// 256 ternary weights, codes -1 .. 1 (TQ2_0 can hold a 2).
+struct BlockTQ1_0 {  // x = d (u - 1); u is a digit to the base 3, the first after the point being
+  uint8_t qs[48];    // trit()
+  uint8_t qh[4];     // qs[i]: codes 32 n + i for i < 32, 128 + 16 n + i for more; qh[i]: codes 240 + 4 n + i
+  uint16_t d;
+};
+struct BlockTQ2_0 {  // x = d (u - 1)
+  uint8_t qs[64];    // as in Q2_K
+  uint16_t d;
+};
+
+// 32 weights: the OCP microscaling format.
+struct BlockMXFP4 {  // x = d kMxfp4Values[u]
+  uint8_t e;         // d = 2^(e - 128): half of the power that E8M0 means, the values being twice those of E2M1
+  uint8_t qs[16];    // nibbles
+};
+
 #pragma pack(pop)
 
 #define PE_CHECK_BLOCK(name, weights) \
@@ -140,10 +203,44 @@ PE_CHECK_BLOCK(Q4_K, 256);
 PE_CHECK_BLOCK(Q5_K, 256);
 PE_CHECK_BLOCK(Q6_K, 256);
 PE_CHECK_BLOCK(IQ4_XS, 256);
+PE_CHECK_BLOCK(IQ2_XXS, 256);
+PE_CHECK_BLOCK(IQ2_XS, 256);
+PE_CHECK_BLOCK(IQ2_S, 256);
+PE_CHECK_BLOCK(IQ3_XXS, 256);
+PE_CHECK_BLOCK(IQ3_S, 256);
+PE_CHECK_BLOCK(IQ1_S, 256);
+PE_CHECK_BLOCK(IQ1_M, 256);
+PE_CHECK_BLOCK(TQ1_0, 256);
+PE_CHECK_BLOCK(TQ2_0, 256);
+PE_CHECK_BLOCK(MXFP4, 32);
 #undef PE_CHECK_BLOCK
 
 // The 16 levels of the IQ4 formats.
 static constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+// Those of MXFP4, doubled: the top bit of a code is its sign.
+static constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// The bits of the float 2^(e - 128).
+static inline uint32_t mxfp4_scale_bits(uint8_t e) {
+  return e < 2 ? static_cast<uint32_t>(0x00200000) << e : static_cast<uint32_t>(e - 1) << 23;
+}
+
+// The fp16 that an IQ1_M block spreads over its scales.
+static inline uint16_t iq1m_scale(const uint16_t s[4]) {
+  return static_cast<uint16_t>((s[0] >> 12) | ((s[1] >> 12) << 4) | ((s[2] >> 12) << 8) | (s[3] & 0xf000));
+}
+
+// Eight sign bits from the seven that are stored.
+static inline uint8_t signs8(uint32_t seven) {
+  const uint32_t b = seven & 127, p = b ^ (b >> 4), q = p ^ (p >> 2);
+  return static_cast<uint8_t>(b | ((q ^ (q >> 1)) & 1) << 7);
+}
+
+// The digit of a byte of TQ1_0 that is shifted left n times to the base 3, n = 0 .. 4.
+static inline int trit(uint8_t byte, int n) {
+  static constexpr uint8_t kPower[5] = {1, 3, 9, 27, 81};
+  return (static_cast<uint8_t>(byte * kPower[n]) * 3) >> 8;
+}
 
 // Q4_K and Q5_K pack eight 6-bit scales (capitals) and minima (small letters) into 12 bytes:
 //   bytes 0-3   EEAAAAAA FFBBBBBB GGCCCCCC HHDDDDDD

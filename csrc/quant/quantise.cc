@@ -442,9 +442,25 @@ size_t quantise_row(Format format, const float* x, size_t n, void* dst) {
       PE_CASE(Q6_K);
       PE_CASE(IQ4_XS);
 #undef PE_CASE
-    case Format::kCount: break;
+    default: break;  // can_quantise
   }
   return 0;
+}
+
+bool can_quantise(Format format) {
+  switch (format) {
+    case Format::IQ2_XXS:
+    case Format::IQ2_XS:
+    case Format::IQ2_S:
+    case Format::IQ3_XXS:
+    case Format::IQ3_S:
+    case Format::IQ1_S:
+    case Format::IQ1_M:
+    case Format::TQ1_0:
+    case Format::TQ2_0:
+    case Format::MXFP4: return false;
+    default: return true;
+  }
 }
 
 }  // namespace pe

@@ -16,4 +16,7 @@ namespace pe {
 // that its value or its block's scale would overflow in the file - and dst holds nothing of use.
 size_t quantise_row(Format format, const float* x, size_t n, void* dst);
 
+// False for the formats that are only read: IQ1, IQ2, IQ3, TQ and MXFP4.
+bool can_quantise(Format format);
+
 }  // namespace pe

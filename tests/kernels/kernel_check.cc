@@ -71,14 +71,35 @@ ScalesAt scales_at(Format format) {
     case Format::Q2_K: return {80, 82};
     case Format::Q3_K: return {108, -1};
     case Format::Q6_K: return {208, -1};
+    case Format::TQ1_0: return {52, -1};
+    case Format::TQ2_0: return {64, -1};
     case Format::Q4_1:
     case Format::Q5_1:
     case Format::Q4_K:
     case Format::Q5_K: return {0, 2};
     case Format::F32:
     case Format::F16:
-    case Format::BF16: return {-1, -1};
+    case Format::BF16:
+    case Format::IQ1_M:  // set_scale
+    case Format::MXFP4: return {-1, -1};
     default: return {0, -1};
+  }
+}
+
+// Gives a block ordinary scales.
+void set_scales(Rng& rng, Format format, std::normal_distribution<float>& normal, uint8_t* block) {
+  const ScalesAt d = scales_at(format);
+  for (const int offset : {d.first, d.second}) {
+    const uint16_t h = f32_to_f16(0.01f * normal(rng));
+    if (offset >= 0) std::memcpy(block + offset, &h, 2);
+  }
+  if (format == Format::MXFP4) block[0] = static_cast<uint8_t>(between(rng, 110, 130));
+  if (format == Format::IQ1_M) {  // four bits in the top of each of four words
+    const uint16_t h = f32_to_f16(0.01f * normal(rng));
+    for (int i = 0; i < 4; ++i) {
+      uint8_t& top = block[48 + 2 * i + 1];
+      top = static_cast<uint8_t>((top & 15) | ((h >> (4 * i)) & 15) << 4);
+    }
   }
 }
 
@@ -99,17 +120,11 @@ void fill_weights(Rng& rng, Weights kind, Format format, size_t cols, size_t str
   }
   for (size_t r = 0; r < rows; ++r) {
     uint8_t* at = w->data() + r * stride;
-    if (kind == Weights::kOrdinary) {
+    if (kind == Weights::kOrdinary && can_quantise(format)) {
       for (float& x : row) x = 0.02f * normal(rng);
       if (quantise_row(format, row.data(), cols, at) != cols) std::abort();
     } else if (kind != Weights::kHostile) {
-      for (size_t b = 0; b < cols / info.block; ++b) {
-        const ScalesAt d = scales_at(format);
-        for (const int offset : {d.first, d.second}) {
-          const uint16_t h = f32_to_f16(0.01f * normal(rng));
-          if (offset >= 0) std::memcpy(at + b * info.bytes + offset, &h, 2);
-        }
-      }
+      for (size_t b = 0; b < cols / info.block; ++b) set_scales(rng, format, normal, at + b * info.bytes);
     }
   }
 }
@@ -231,7 +246,12 @@ void bench(Tier tier, Format format, size_t threads) {
   Rng rng(1);
   std::normal_distribution<float> normal;
   for (float& v : row) v = 0.02f * normal(rng);
-  quantise_row(format, row.data(), cols, w.data());
+  if (can_quantise(format)) {
+    quantise_row(format, row.data(), cols, w.data());
+  } else {
+    for (size_t i = 0; i < row_bytes; ++i) w[i] = static_cast<uint8_t>(rng());
+    for (size_t b = 0; b < cols / info.block; ++b) set_scales(rng, format, normal, w.data() + b * info.bytes);
+  }
   for (size_t r = 1; r < big; ++r) std::memcpy(w.data() + r * row_bytes, w.data(), row_bytes);
   const double hz = clock_rate();
   for (const size_t tokens : {1, 2, 3, 4, 8, 16, 64, 256, 512}) {

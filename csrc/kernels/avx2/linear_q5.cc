@@ -1,5 +1,5 @@
-// Linear for Q4_1, Q5_0 and Q5_1: one fp16 scale per 32 weights, and a fifth bit, a minimum or both beside the nibbles.
-// tile.h explains the shape of the loops.
+// Linear for Q4_1, Q5_0, Q5_1 and MXFP4: one scale per 32 weights, and a fifth bit, a minimum or both beside the nibbles
+// (MXFP4: nibbles that index 16 levels within +-12). tile.h explains the shape of the loops.
 #include "kernels/avx2/tile.h"
 #include "kernels/tiers.h"
 
@@ -12,19 +12,39 @@ inline __m256i fifth_bit(__m256i v, __m256i bits) {
   return _mm256_and_si256(set, _mm256_set1_epi8(16));
 }
 
+template <class B>
+constexpr bool kLevels = false;
+template <>
+constexpr bool kLevels<BlockMXFP4> = true;
+
 // B: the block. kFifth: it has the bits qh. kMin: it has the minimum m, and its codes count from 0.
 template <class B, bool kFifth, bool kMin>
 struct Nibbles {
   using Block = B;
   static constexpr size_t kBlock = 32;
   static constexpr size_t kQs = sizeof(Block) - 16;
-  static constexpr size_t kQh = kQs - 4;
-  static constexpr short kCentre = kFifth ? 16 : 0;  // of the panel's chains
+  static constexpr size_t kQh = kFifth ? kQs - 4 : 0;
+  static constexpr short kCentre = kLevels<B> ? 12 : kFifth ? 16 : 0;  // of the panel's chains
   struct Panel {
     uint8_t codes[8][8][64];  // [block][step][4 row + column]
     float d[8][16];           // [block][row]
     float m[8][16];
   };
+
+  // The scales of 8 rows, d of the contract.
+  static __m256 scales(const uint8_t* const row[8], size_t at) {
+    if constexpr (!kLevels<B>) return load_f16(row, at);
+    uint32_t bits[8];
+    for (int r = 0; r < 8; ++r) bits[r] = mxfp4_scale_bits(row[r][at]);
+    return _mm256_castsi256_ps(load(bits));
+  }
+
+  // Nibbles as codes from 0: kCentre above the level.
+  static __m256i codes(__m256i nibbles) {
+    if constexpr (!kLevels<B>) return nibbles;
+    const __m256i levels = _mm256_add_epi8(broadcast128(kMxfp4Values), _mm256_set1_epi8(kCentre));
+    return _mm256_shuffle_epi8(levels, nibbles);
+  }
 
   // The 32 fifth bits of 8 rows, a dword each.
   static __m256i load_qh(const uint8_t* const row[8], size_t at) {
@@ -50,7 +70,7 @@ struct Nibbles {
         transpose16(row, at + kQs, v);
         if constexpr (kFifth) qh = load_qh(row, at);
         for (int s = 0; s < 4; ++s) {
-          __m256i low = low_nibbles(v[s]), high = high_nibbles(v[s]);
+          __m256i low = codes(low_nibbles(v[s])), high = codes(high_nibbles(v[s]));
           if constexpr (kFifth) {
             low = _mm256_or_si256(low, step_bits(qh, s));
             high = _mm256_or_si256(high, step_bits(qh, s + 4));
@@ -58,7 +78,7 @@ struct Nibbles {
           store(panel->codes[b][s] + 32 * half, low);
           store(panel->codes[b][s + 4] + 32 * half, high);
         }
-        _mm256_storeu_ps(panel->d[b] + 8 * half, load_f16(row, at));
+        _mm256_storeu_ps(panel->d[b] + 8 * half, scales(row, at));
         if constexpr (kMin) _mm256_storeu_ps(panel->m[b] + 8 * half, load_f16(row, at + 2));
       }
     }
@@ -71,7 +91,7 @@ struct Nibbles {
   static constexpr size_t kPanels = 4;
 
   static void prepare(const Token& x, size_t, Side* side) {
-    if constexpr (kFifth) centre32(x.sum, kCentre, side->centre);
+    if constexpr (kCentre != 0) centre32(x.sum, kCentre, side->centre);
     side->sum = x.sum32;
   }
 
@@ -81,10 +101,10 @@ struct Nibbles {
     for (size_t b = 0; b < n; ++b) {
       __m256i sum[kTokens][2];
       for (int t = 0; t < kTokens; ++t) {
-        if constexpr (kFifth) sum[t][0] = sum[t][1] = broadcast32(&x.side[t].centre[b]);
+        if constexpr (kCentre != 0) sum[t][0] = sum[t][1] = broadcast32(&x.side[t].centre[b]);
       }
       // A lane ends as 16 products of +-127 and 0 .. 15, at most 30480, or -16 .. 15, at most 32512.
-      chain<kTokens, 8, !kFifth>(panel.codes[b][0], x.q, 32 * b, sum);
+      chain<kTokens, 8, kCentre == 0>(panel.codes[b][0], x.q, 32 * b, sum);
       const __m256i ones = fresh_ones();
       for (int t = 0; t < kTokens; ++t) {
         const __m256 a = _mm256_set1_ps(x.scale[t][b]);
@@ -105,7 +125,7 @@ struct Nibbles {
 
   // 16 codes of rows r and r + 4, from bit 16 * part of their qh on.
   static __m256i with_bits(__m256i nibbles, __m256i qh, int r, int part) {
-    if constexpr (!kFifth) return nibbles;
+    if constexpr (!kFifth) return codes(nibbles);
     const __m256i bytes = _mm256_setr_epi64x(0, 0x0101010101010101, 0, 0x0101010101010101);
     const __m256i from = _mm256_set1_epi8(static_cast<char>(4 * r + 2 * part));
     const __m256i bits = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
@@ -133,8 +153,8 @@ struct Nibbles {
       __m256i dot = _mm256_hadd_epi32(half[0], half[1]);
       const __m256i total = _mm256_set1_epi32(x.sum32[b]);
       const __m256 a = _mm256_set1_ps(x.scale[b]);
-      if constexpr (!kMin) dot = _mm256_sub_epi32(dot, _mm256_slli_epi32(total, 4));
-      acc = add_term(acc, load_f16(rows, at), a, dot);
+      if constexpr (!kMin) dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(kCentre * x.sum32[b]));
+      acc = add_term(acc, scales(rows, at), a, dot);
       if constexpr (kMin) acc = add_term(acc, load_f16(rows, at + 2), a, total);
     }
     return acc;
@@ -144,6 +164,7 @@ struct Nibbles {
 using Q4_1 = Nibbles<BlockQ4_1, false, true>;
 using Q5_0 = Nibbles<BlockQ5_0, true, false>;
 using Q5_1 = Nibbles<BlockQ5_1, true, true>;
+using MXFP4 = Nibbles<BlockMXFP4, false, false>;
 
 }  // namespace
 
@@ -151,6 +172,7 @@ void avx2_linear_q5(KernelTable* table) {
   table->linear[static_cast<int>(Format::Q4_1)] = linear<Q4_1>;
   table->linear[static_cast<int>(Format::Q5_0)] = linear<Q5_0>;
   table->linear[static_cast<int>(Format::Q5_1)] = linear<Q5_1>;
+  table->linear[static_cast<int>(Format::MXFP4)] = linear<MXFP4>;
 }
 
 }  // namespace pe

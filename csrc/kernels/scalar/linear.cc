@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "kernels/tiers.h"
+#include "quant/codebooks.h"
 #include "quant/fp16.h"
 
 namespace pe {
@@ -184,11 +185,161 @@ struct IQ4_XS {
   }
 };
 
+struct MXFP4 {
+  using Block = BlockMXFP4;
+  static constexpr bool kMin = false;
+  static void unpack(const Block& b, Codes* c) {
+    c->d = bits_float(mxfp4_scale_bits(b.e));
+    set_scales(c, 32, 1, 0);
+    for (int k = 0; k < 32; ++k) c->code[k] = kMxfp4Values[nibble(b.qs, k)];
+  }
+};
+
+// The codes of an entry of a codebook: eight or four.
+void set_iq2(uint16_t entry, uint8_t signs, int code[8]) {
+  for (int k = 0; k < 8; ++k) {
+    const int level = kIq2Levels[(entry >> (2 * k)) & 3];
+    code[k] = bit(&signs, k) ? -level : level;
+  }
+}
+
+void set_iq3(int (*level)(int), uint16_t entry, int signs, int code[4]) {
+  for (int k = 0; k < 4; ++k) {
+    const int value = level((entry >> (4 * k)) & 15);
+    code[k] = (signs >> k) & 1 ? -value : value;
+  }
+}
+
+void set_iq1(uint16_t entry, bool subtract, int code[8]) {
+  for (int k = 0; k < 8; ++k) code[k] = 8 * (((entry >> (2 * k)) & 3) - 1) + (subtract ? -1 : 1);
+}
+
+void set_odd_scale(Codes* c, int first, int n, int sc) {
+  for (int j = first; j < first + n; ++j) c->scale[j] = 2 * sc + 1;
+}
+
+struct IQ2_XXS {
+  using Block = BlockIQ2_XXS;
+  static constexpr bool kMin = false;
+  static void unpack(const Block& b, Codes* c) {
+    c->d = f16_to_f32(b.d) * 0.125f;
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t signs = b.sub[j].signs;
+      set_odd_scale(c, 2 * j, 2, static_cast<int>(signs >> 28));
+      for (int i = 0; i < 4; ++i) {
+        set_iq2(kIq2XxsGrid[b.sub[j].entry[i]], signs8(signs >> (7 * i)), c->code + 32 * j + 8 * i);
+      }
+    }
+  }
+};
+
+struct IQ2_XS {
+  using Block = BlockIQ2_XS;
+  static constexpr bool kMin = false;
+  static void unpack(const Block& b, Codes* c) {
+    c->d = f16_to_f32(b.d) * 0.125f;
+    for (int j = 0; j < 16; ++j) set_odd_scale(c, j, 1, run_nibble(b.scales, 1, j));
+    for (int i = 0; i < 32; ++i) set_iq2(kIq2XsGrid[b.qs[i] & 511], signs8(b.qs[i] >> 9), c->code + 8 * i);
+  }
+};
+
+struct IQ2_S {
+  using Block = BlockIQ2_S;
+  static constexpr bool kMin = false;
+  static void unpack(const Block& b, Codes* c) {
+    c->d = f16_to_f32(b.d) * 0.125f;
+    for (int j = 0; j < 16; ++j) set_odd_scale(c, j, 1, run_nibble(b.scales, 1, j));
+    for (int i = 0; i < 32; ++i) {
+      const int high = (b.qh[i / 4] >> (i % 4 * 2)) & 3;
+      set_iq2(kIq2SGrid[b.qs[i] | high << 8], b.signs[i], c->code + 8 * i);
+    }
+  }
+};
+
+struct IQ3_XXS {
+  using Block = BlockIQ3_XXS;
+  static constexpr bool kMin = false;
+  static int level(int u) { return kIq3Levels[u]; }
+  static void unpack(const Block& b, Codes* c) {
+    c->d = f16_to_f32(b.d) * 0.25f;
+    for (int j = 0; j < 8; ++j) set_odd_scale(c, 2 * j, 2, static_cast<int>(b.signs[j] >> 28));
+    for (int i = 0; i < 64; ++i) {
+      const int signs = signs8(b.signs[i / 8] >> (i % 8 / 2 * 7)) >> (i % 2 * 4);
+      set_iq3(level, kIq3XxsGrid[b.qs[i]], signs, c->code + 4 * i);
+    }
+  }
+};
+
+struct IQ3_S {
+  using Block = BlockIQ3_S;
+  static constexpr bool kMin = false;
+  static int level(int u) { return 2 * u + 1; }
+  static void unpack(const Block& b, Codes* c) {
+    c->d = f16_to_f32(b.d);
+    for (int j = 0; j < 8; ++j) set_odd_scale(c, 2 * j, 2, run_nibble(b.scales, 1, j));
+    for (int i = 0; i < 64; ++i) {
+      set_iq3(level, kIq3SGrid[b.qs[i] | bit(b.qh, i) << 8], b.signs[i / 2] >> (i % 2 * 4), c->code + 4 * i);
+    }
+  }
+};
+
+struct IQ1_S {
+  using Block = BlockIQ1_S;
+  static constexpr bool kMin = false;
+  static void unpack(const Block& b, Codes* c) {
+    c->d = f16_to_f32(b.d) * 0.125f;
+    for (int j = 0; j < 8; ++j) {
+      const int h = b.qh[j];
+      set_odd_scale(c, 2 * j, 2, (h >> 12) & 7);
+      for (int i = 4 * j; i < 4 * j + 4; ++i) {
+        set_iq1(kIq1Grid[b.qs[i] | ((h >> (i % 4 * 3)) & 7) << 8], h >> 15, c->code + 8 * i);
+      }
+    }
+  }
+};
+
+struct IQ1_M {
+  using Block = BlockIQ1_M;
+  static constexpr bool kMin = false;
+  static void unpack(const Block& b, Codes* c) {
+    const uint16_t words[4] = {b.scales[0], b.scales[1], b.scales[2], b.scales[3]};
+    c->d = f16_to_f32(iq1m_scale(words)) * 0.125f;
+    for (int j = 0; j < 16; ++j) set_odd_scale(c, j, 1, (words[j / 4] >> (j % 4 * 3)) & 7);
+    for (int i = 0; i < 32; ++i) {
+      const int h = run_nibble(b.qh, 1, i);
+      set_iq1(kIq1Grid[b.qs[i] | (h & 7) << 8], h >> 3, c->code + 8 * i);
+    }
+  }
+};
+
+struct TQ1_0 {
+  using Block = BlockTQ1_0;
+  static constexpr bool kMin = false;
+  static void unpack(const Block& b, Codes* c) {
+    c->d = f16_to_f32(b.d);
+    set_scales(c, 256, 1, 0);
+    for (int n = 0; n < 5; ++n) {
+      for (int i = 0; i < 32; ++i) c->code[32 * n + i] = trit(b.qs[i], n) - 1;
+      for (int i = 0; i < 16; ++i) c->code[160 + 16 * n + i] = trit(b.qs[32 + i], n) - 1;
+      for (int i = 0; i < 4 && n < 4; ++i) c->code[240 + 4 * n + i] = trit(b.qh[i], n) - 1;
+    }
+  }
+};
+
+struct TQ2_0 {
+  using Block = BlockTQ2_0;
+  static constexpr bool kMin = false;
+  static void unpack(const Block& b, Codes* c) {
+    c->d = f16_to_f32(b.d);
+    set_scales(c, 256, 1, 0);
+    for (int k = 0; k < 256; ++k) c->code[k] = crumb(b.qs, k) - 1;
+  }
+};
+
 // ---- dequantise ----
 
-template <class F>
+template <class F, size_t kBlock>
 void dequantise(const void* src, size_t n, float* dst) {
-  constexpr size_t kBlock = sizeof(typename F::Block) < 64 ? 32 : 256;
   const auto* block = static_cast<const typename F::Block*>(src);
   for (size_t at = 0; at < n; at += kBlock, ++block) {
     Codes c;
@@ -274,7 +425,7 @@ void quantise_act(const float* x, size_t n, void* row) {
 // One block of a row against one of a token: the next link of the chain that starts at acc.
 template <class F, size_t kBlock>
 float add_block(const Codes& c, const int8_t* q, float a, float acc) {
-  int dot = 0, mins = 0;  // |dot| <= 256 * 127 * 127 * 32 (IQ4_XS) or 256 * 32 * 127 * 128 (Q6_K): fits
+  int dot = 0, mins = 0;  // |dot| <= 256 * 127 * 127 * 32 (IQ4_XS) or 256 * 32 * 127 * 128 (Q6_K): fits, as all do
   for (size_t j = 0; j < kBlock / kSub; ++j) {
     int products = 0, sum = 0;
     for (size_t k = j * kSub; k < (j + 1) * kSub; ++k) {
@@ -289,9 +440,8 @@ float add_block(const Codes& c, const int8_t* q, float a, float acc) {
   return acc;
 }
 
-template <class F>
+template <class F, size_t kBlock>
 void linear(const LinearArgs& args) {
-  constexpr size_t kBlock = sizeof(typename F::Block) < 64 ? 32 : 256;
   const ActLayout at = act_layout(kBlock == 32 ? Act::Q32 : Act::Q256, args.cols);
   for (size_t r = 0; r < args.rows; ++r) {
     const uint8_t* row = static_cast<const uint8_t*>(args.w) + r * args.w_stride;
@@ -331,10 +481,11 @@ void linear_float(const LinearArgs& args) {
   }
 }
 
-template <class F>
-void set(KernelTable* table, Format format) {
-  table->linear[static_cast<int>(format)] = linear<F>;
-  table->dequantise[static_cast<int>(format)] = dequantise<F>;
+template <class F, Format kFormat>
+void set(KernelTable* table) {
+  constexpr size_t kBlock = format_info(kFormat).block;
+  table->linear[static_cast<int>(kFormat)] = linear<F, kBlock>;
+  table->dequantise[static_cast<int>(kFormat)] = dequantise<F, kBlock>;
 }
 
 template <class F>
@@ -350,18 +501,28 @@ void scalar_linear(KernelTable* table) {
   set_float<F32>(table, Format::F32);
   set_float<F16>(table, Format::F16);
   set_float<BF16>(table, Format::BF16);
-  set<Q4_0>(table, Format::Q4_0);
-  set<Q4_1>(table, Format::Q4_1);
-  set<Q5_0>(table, Format::Q5_0);
-  set<Q5_1>(table, Format::Q5_1);
-  set<Q8_0>(table, Format::Q8_0);
-  set<IQ4_NL>(table, Format::IQ4_NL);
-  set<Q2_K>(table, Format::Q2_K);
-  set<Q3_K>(table, Format::Q3_K);
-  set<Q4_K>(table, Format::Q4_K);
-  set<Q5_K>(table, Format::Q5_K);
-  set<Q6_K>(table, Format::Q6_K);
-  set<IQ4_XS>(table, Format::IQ4_XS);
+  set<Q4_0, Format::Q4_0>(table);
+  set<Q4_1, Format::Q4_1>(table);
+  set<Q5_0, Format::Q5_0>(table);
+  set<Q5_1, Format::Q5_1>(table);
+  set<Q8_0, Format::Q8_0>(table);
+  set<IQ4_NL, Format::IQ4_NL>(table);
+  set<Q2_K, Format::Q2_K>(table);
+  set<Q3_K, Format::Q3_K>(table);
+  set<Q4_K, Format::Q4_K>(table);
+  set<Q5_K, Format::Q5_K>(table);
+  set<Q6_K, Format::Q6_K>(table);
+  set<IQ4_XS, Format::IQ4_XS>(table);
+  set<IQ2_XXS, Format::IQ2_XXS>(table);
+  set<IQ2_XS, Format::IQ2_XS>(table);
+  set<IQ2_S, Format::IQ2_S>(table);
+  set<IQ3_XXS, Format::IQ3_XXS>(table);
+  set<IQ3_S, Format::IQ3_S>(table);
+  set<IQ1_S, Format::IQ1_S>(table);
+  set<IQ1_M, Format::IQ1_M>(table);
+  set<TQ1_0, Format::TQ1_0>(table);
+  set<TQ2_0, Format::TQ2_0>(table);
+  set<MXFP4, Format::MXFP4>(table);
   table->quantise_act[static_cast<int>(Act::F32)] = copy_act;
   table->quantise_act[static_cast<int>(Act::Q32)] = quantise_act<32>;
   table->quantise_act[static_cast<int>(Act::Q256)] = quantise_act<256>;
