@@ -60,15 +60,22 @@ alignas(64) constexpr auto kIq3S = expand4(kIq3SGrid, kOddLevels);
 
 template <class Index>
 inline __m256i entries8(const uint64_t* grid, const Index* at) {
-  return _mm256_setr_epi64x(static_cast<int64_t>(grid[at[0]]), static_cast<int64_t>(grid[at[1]]),
-                            static_cast<int64_t>(grid[at[2]]), static_cast<int64_t>(grid[at[3]]));
+  const auto pair = [grid, at](int i) {
+    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(grid + at[i]));
+    return _mm_loadh_pd(_mm_castsi128_pd(low), reinterpret_cast<const double*>(grid + at[i + 1]));
+  };
+  return _mm256_castpd_si256(_mm256_set_m128d(pair(2), pair(0)));
 }
 template <class Index>
 inline __m256i entries4(const uint32_t* grid, const Index* at) {
-  return _mm256_setr_epi32(static_cast<int32_t>(grid[at[0]]), static_cast<int32_t>(grid[at[1]]),
-                           static_cast<int32_t>(grid[at[2]]), static_cast<int32_t>(grid[at[3]]),
-                           static_cast<int32_t>(grid[at[4]]), static_cast<int32_t>(grid[at[5]]),
-                           static_cast<int32_t>(grid[at[6]]), static_cast<int32_t>(grid[at[7]]));
+  const auto pair = [grid, at](int i) {  // in one of the general registers, which have less to do than the others
+    uint64_t both = grid[at[i]] | static_cast<uint64_t>(grid[at[i + 1]]) << 32;
+#if defined(__GNUC__)
+    __asm__ volatile("" : "+r"(both));
+#endif
+    return static_cast<int64_t>(both);
+  };
+  return _mm256_setr_epi64x(pair(0), pair(2), pair(4), pair(6));
 }
 
 // ---- signs and scales ----
@@ -410,6 +417,23 @@ struct TQ2_0 {
 
 // ---- the loops ----
 
+// A block of each of 8 rows. All are prepared before the first is used: they store vectors that are read in smaller pieces,
+// which has to wait until the store is done.
+template <class F>
+struct Blocks {
+  F of[8];
+
+  Blocks(const uint8_t* const row[8], size_t at)
+      : of{make(row[0] + at), make(row[1] + at), make(row[2] + at), make(row[3] + at),
+           make(row[4] + at), make(row[5] + at), make(row[6] + at), make(row[7] + at)} {
+#if defined(__GNUC__)
+    // Nor are the pieces to be taken out of the registers they were stored from.
+    __asm__ volatile("" : : "r"(of) : "memory");
+#endif
+  }
+  static F make(const uint8_t* block) { return F(*reinterpret_cast<const typename F::Block*>(block)); }
+};
+
 template <class F>
 struct Coded {
   using Block = typename F::Block;
@@ -464,10 +488,10 @@ struct Coded {
       scale[r] = reinterpret_cast<const uint8_t*>(scales[r]);
     }
     for (int half = 0; half < 2; ++half) {
+      const Blocks<F> block(rows + 8 * half, at);
       for (int r = 0; r < 8; ++r) {
-        const F f(*reinterpret_cast<const Block*>(rows[8 * half + r] + at));
-        expand<0>(f, codes[r]);
-        store(scales[r], f.scales());
+        expand<0>(block.of[r], codes[r]);
+        store(scales[r], block.of[r].scales());
       }
       for (size_t j = 0; j < 16; ++j) {
         __m256i v[4];
@@ -528,10 +552,11 @@ struct Coded {
       const size_t at = b * sizeof(Block);
       const int8_t* q = x.q + 256 * b;
       const __m256i sum = load(x.sum16 + 16 * b);
+      const Blocks<F> block(rows, at);
       __m256i v[8];
       for (int r = 0; r < 8; ++r) {
         prefetch(ahead + 8 * at + static_cast<size_t>(r) * sizeof(Block), sizeof(Block));
-        const F f(*reinterpret_cast<const Block*>(rows[r] + at));
+        const F& f = block.of[r];
         const __m256i scales = f.scales();
         v[r] = _mm256_add_epi32(dot<0>(f, q, _mm256_permute2x128_si256(scales, scales, 0x00)),
                                 dot<4>(f, q, _mm256_permute2x128_si256(scales, scales, 0x11)));
