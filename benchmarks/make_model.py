@@ -16,12 +16,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize
 
 Bytes = npt.NDArray[np.uint8]
 ALIGNMENT = 32
@@ -57,6 +59,12 @@ SHAPES: Mapping[str, Shape] = {
 
 # --- which type a tensor gets ---------------------------------------------------------------------------------------
 
+# Types whose blocks are random bytes but for d, with the number that general.file_type gives their mixes.
+CODED_KINDS: Mapping[str, int] = {
+    **{"iq1_s": 24, "iq1_m": 31, "iq2_xxs": 19, "iq2_xs": 20, "iq2_s": 28, "iq3_xxs": 23, "iq3_s": 26},
+    **{"iq4_nl": 25, "iq4_xs": 30, "tq1_0": 36, "tq2_0": 37, "mxfp4": 38},
+}
+
 
 def _more_bits(layer: int, layers: int) -> bool:
     """The layers that the _M mixes keep in Q6_K: the first and last eighth, and every third between."""
@@ -69,7 +77,9 @@ def tensor_type(name: str, kind: str, layer: int, layers: int) -> str:
     if kind in plain:
         return plain[kind]
     if name == "output.weight":
-        return "Q6_K"
+        return "Q5_K" if kind.startswith(("iq1", "iq2")) else "Q6_K"
+    if kind in CODED_KINDS:  # plainer than the real mixes, which spare a few tensors
+        return kind.upper()
     base = {"q4_0": "Q4_0", "q4_k_s": "Q4_K", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K"}[kind]
     value, down = name.endswith("attn_v.weight"), name.endswith("ffn_down.weight")
     if kind == "q4_k_s":
@@ -79,6 +89,7 @@ def tensor_type(name: str, kind: str, layer: int, layers: int) -> str:
 
 FILE_TYPES = {
     **{"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q8_0": 7, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18},
+    **CODED_KINDS,
 }
 
 # --- random blocks --------------------------------------------------------------------------------------------------
@@ -127,6 +138,41 @@ def _q6_k(rng: np.random.Generator, n: int, sigma: float) -> Bytes:
     return np.concatenate([_random(rng, n, 192), scales, _scales(rng, n, sigma / 18.5 / 96)], axis=1)
 
 
+def with_scales(name: str, blocks: Bytes, d: npt.NDArray[np.float16]) -> Bytes:
+    """Blocks [n, bytes] of a type of CODED_KINDS with the scales d [n] (of MXFP4: the next power of two)."""
+    out = blocks.copy()
+    if name == "MXFP4":
+        out[:, 0] = np.round(np.log2(d.astype(np.float64))) + 128
+    elif name == "IQ1_M":  # four bits of d in the top of each of four words
+        words = out[:, 48:].copy().view("<u2")
+        nibbles = d.view("<u2")[:, None] >> np.array([0, 4, 8, 12], np.uint16) & np.uint16(15)
+        out[:, 48:] = (words & np.uint16(0x0FFF) | nibbles << np.uint16(12)).view(np.uint8)
+    else:
+        at = {"TQ1_0": 52, "TQ2_0": 64}.get(name, 0)
+        out[:, at : at + 2] = d.view(np.uint8).reshape(-1, 2)
+    return out
+
+
+def _coded(rng: np.random.Generator, n: int, name: str) -> Bytes:
+    blocks = _random(rng, n, GGML_QUANT_SIZES[GGMLQuantizationType[name]][1])
+    if name == "TQ2_0":  # digits 0, 1, 2: a 3 becomes a 1
+        blocks[:, :64] ^= blocks[:, :64] & 0xAA & (blocks[:, :64] & 0x55) << 1
+    return blocks
+
+
+@cache
+def _deviation(name: str) -> float:
+    """Standard deviation of the weights of random blocks with a scale of 1."""
+    blocks = with_scales(name, _coded(np.random.default_rng(0), 1024, name), np.ones(1024, np.float16))
+    return float(dequantize(blocks, GGMLQuantizationType[name]).std())
+
+
+def coded_blocks(rng: np.random.Generator, n: int, sigma: float, name: str) -> Bytes:
+    """n random blocks [n, bytes] of a type of CODED_KINDS whose weights have the standard deviation sigma."""
+    d = sigma / _deviation(name) * rng.uniform(0.9, 1.1, n)
+    return with_scales(name, _coded(rng, n, name), d.astype("<f2"))
+
+
 def _float(rng: np.random.Generator, n: int, sigma: float, kind: str) -> Bytes:
     values = rng.standard_normal(n, np.float32) * np.float32(sigma)
     if kind == "BF16":
@@ -143,6 +189,7 @@ MAKERS: Mapping[str, Callable[[np.random.Generator, int, float], Bytes]] = {
     "Q4_K": lambda rng, n, sigma: _q45_k(rng, n, sigma, 0),
     "Q5_K": lambda rng, n, sigma: _q45_k(rng, n, sigma, 32),
     "Q6_K": _q6_k,
+    **{kind.upper(): partial(coded_blocks, name=kind.upper()) for kind in CODED_KINDS},
 }
 
 # --- the model ------------------------------------------------------------------------------------------------------

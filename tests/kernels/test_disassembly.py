@@ -30,12 +30,13 @@ VECTOR = re.compile(r"\b[xyz]mm\d+\b")
 # object was not understood.
 HOT = [
     ("avx2", "linear_q32", r"multiply<", 6),
-    ("avx2", "linear_q5", r"multiply<", 6),
+    ("avx2", "linear_q5", r"multiply<", 9),
     ("avx2", "linear_q23k", r"multiply<", 6),
     ("avx2", "linear_q256", r"multiply<", 6),
     ("avx2", "linear_iq4", r"multiply<", 6),
     ("avx2", "attention", r"(panel|score)<", 24),
     ("avx512", "attention", r"(panel|score)<", 24),
+    ("avx2", "linear_iq", r"multiply<", 6),
     ("avx512", "linear_q32", r"multiply_panel<", 6),
     ("avx512", "linear_q256", r"multiply_panel<", 6),
 ]

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 from gguf.quants import dequantize
 
+from benchmarks.make_model import CODED_KINDS, coded_blocks, with_scales
 from pyengine import quant
 from tests.support import comparisons, run_check
 
@@ -29,6 +30,15 @@ def gaussian(rows: int, cols: int, seed: int) -> Floats:
     return np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
 
 
+def packed_weights(name: str, rows: int, cols: int, seed: int, sigma: float = 1) -> Bytes:
+    """Rows of blocks: of normally distributed weights where the format is written, else random ones."""
+    fmt = quant.FORMATS[name]
+    if fmt.can_quantise:
+        return quant.quantise(name, np.float32(sigma) * gaussian(rows, cols, seed))
+    blocks = coded_blocks(np.random.default_rng(seed), rows * cols // fmt.block_size, sigma, name)
+    return blocks.reshape(rows, fmt.row_bytes(cols))
+
+
 def exact_weights(name: str, packed: Bytes, rows: int, cols: int) -> Doubles:
     kind = gguf.GGMLQuantizationType[name]
     return dequantize(packed, kind).astype(np.float64).reshape(rows, cols)
@@ -45,7 +55,7 @@ def test_check_every_tier_equals_scalar_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("name", list(quant.FORMATS))
 def test_tiers_agree_through_the_c_interface(name: str) -> None:
-    packed = quant.quantise(name, gaussian(33, 512, 1))
+    packed = packed_weights(name, 33, 512, 1)
     x = gaussian(7, 512, 2)
     answers = [quant.linear(tier, name, packed, 33, 512, x) for tier in TIERS]
     assert all(np.array_equal(answers[0].view(np.uint32), other.view(np.uint32)) for other in answers[1:])
@@ -54,7 +64,7 @@ def test_tiers_agree_through_the_c_interface(name: str) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("name", list(quant.FORMATS))
 def test_an_output_does_not_depend_on_its_neighbours(tier: str, name: str) -> None:
-    packed = quant.quantise(name, gaussian(19, 256, 3))
+    packed = packed_weights(name, 19, 256, 3)
     x = gaussian(5, 256, 4)
     together = quant.linear(tier, name, packed, 19, 256, x)
     for t in range(5):
@@ -72,7 +82,7 @@ def test_an_output_does_not_depend_on_its_neighbours(tier: str, name: str) -> No
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_linear_is_float64_up_to_the_rounding_of_activations(tier: str, name: str) -> None:
     rows, cols, tokens = 48, 2048, 6
-    packed = quant.quantise(name, 0.05 * gaussian(rows, cols, 5))
+    packed = packed_weights(name, rows, cols, 5, 0.05)
     weights = exact_weights(name, packed, rows, cols)
     x = gaussian(tokens, cols, 6) * np.float32(3)
     error = quant.linear(tier, name, packed, rows, cols, x) - x.astype(np.float64) @ weights.T
@@ -163,9 +173,37 @@ def test_q4_k_follows_the_contract_to_the_last_bit(tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", [kind.upper() for kind in CODED_KINDS])
+def test_codebook_formats_follow_the_contract_to_the_last_bit(tier: str, name: str) -> None:
+    """Blocks with a scale of 1 are whole multiples of the unit that the contract takes into the scale."""
+    rows, tokens, unit = (
+        21,
+        5,
+        np.float32({"IQ1": 1 / 8, "IQ2": 1 / 8, "IQ3": 1 if name == "IQ3_S" else 1 / 4}.get(name[:3], 1)),
+    )
+    size = quant.FORMATS[name].block_size
+    cols = 4 * size
+    rng = np.random.default_rng(15)
+    blocks = coded_blocks(rng, rows * 4, 0.3, name)
+    d = np.exp2(rng.integers(-9, -5, rows * 4)) if name == "MXFP4" else rng.uniform(0.001, 0.01, rows * 4)
+    packed = with_scales(name, blocks, d.astype(np.float16)).reshape(rows, -1)
+    codes = exact_weights(name, with_scales(name, blocks, np.ones(rows * 4, np.float16)), rows, cols) / unit
+    assert np.array_equal(codes, np.rint(codes))
+    x = gaussian(tokens, cols, 16)
+    q, a = quantised_activations(x, size)
+    scale = d.astype(np.float16).astype(np.float32).reshape(rows, 4) * unit
+
+    expected = np.zeros((tokens, rows), np.float32)
+    for b in range(4):
+        dot = (q[:, b] @ codes[:, size * b : size * (b + 1)].T.astype(np.int64)).astype(np.float32)
+        expected = fma(scale[None, :, b] * a[:, None, b], dot, expected)
+    assert np.array_equal(quant.linear(tier, name, packed, rows, cols, x), expected)
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("name", QUANTISED)
 def test_activations_that_are_not_finite_poison_their_token_only(tier: str, name: str) -> None:
-    packed = quant.quantise(name, gaussian(17, 512, 13))
+    packed = packed_weights(name, 17, 512, 13)
     x = gaussian(5, 512, 14)
     clean = quant.linear(tier, name, packed, 17, 512, x)
     x[1, 300], x[3, 5] = np.nan, -np.inf

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
 from gguf.quants import dequantize, quantize
 
+from benchmarks.make_model import coded_blocks
 from pyengine import quant
-from pyengine.errors import InvalidArgument
+from pyengine.errors import InvalidArgument, UnsupportedError
+from tests.support import ROOT
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -17,7 +23,9 @@ Bytes = npt.NDArray[np.uint8]
 FORMATS = list(quant.FORMATS)
 EXACT = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # the gguf package writes these too
 FITTED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
-BLOCKS = [name for name in FORMATS if quant.FORMATS[name].block_size > 1]
+READ_ONLY = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "MXFP4"]
+WRITTEN = [name for name in FORMATS if name not in READ_ONLY]
+BLOCKS = [name for name in WRITTEN if quant.FORMATS[name].block_size > 1]
 
 
 def peer_dequantise(name: str, packed: Bytes) -> Floats:
@@ -59,18 +67,44 @@ def test_the_list_of_formats_is_that_of_the_gguf_package() -> None:
     for name, fmt in quant.FORMATS.items():
         kind = gguf.GGMLQuantizationType[name]
         assert (fmt.type, fmt.block_size, fmt.block_bytes) == (kind.value, *gguf.GGML_QUANT_SIZES[kind])
-        assert fmt.can_quantise
+        assert fmt.can_quantise == (name not in READ_ONLY)
+    assert sorted(EXACT + FITTED) == sorted(WRITTEN)
+
+
+def test_the_codebooks_are_those_of_the_gguf_package() -> None:
+    made = subprocess.run([sys.executable, ROOT / "tools" / "codebooks.py"], check=True, capture_output=True, text=True)
+    assert made.stdout == (ROOT / "csrc" / "quant" / "codebooks.h").read_text()
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_random_bytes_dequantise_to_the_same_bits(name: str) -> None:
     fmt = quant.FORMATS[name]
     cols = fmt.block_size * 5
-    packed = np.random.default_rng(7).integers(0, 256, (600, fmt.row_bytes(cols)), dtype=np.uint8)
-    assert_same_floats(quant.dequantise(name, packed, 600, cols), peer_dequantise(name, packed).reshape(600, cols))
+    packed = np.random.default_rng(7).integers(0, 256, (2000, fmt.row_bytes(cols)), dtype=np.uint8)
+    assert_same_floats(quant.dequantise(name, packed, 2000, cols), peer_dequantise(name, packed).reshape(2000, cols))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_blocks_that_llama_cpp_wrote_dequantise_to_the_same_bits(name: str) -> None:
+    """Real ones, from normally distributed weights (tests/quant/make_blocks.py), and random ones with such scales."""
+    fmt = quant.FORMATS[name]
+    with np.load(Path(__file__).parent / "blocks.npz") as arrays:
+        packed = arrays[name]
+    packed = np.concatenate([packed, coded_blocks(np.random.default_rng(1), 64, 0.02, name)])
+    ours = quant.dequantise(name, packed, len(packed), fmt.block_size)
+    assert_same_floats(ours, peer_dequantise(name, packed))
+    assert 0.6 < ours[:-64].std() / 0.02 < 1.3
+    assert 0.6 < ours[-64:].std() / 0.02 < 1.6
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_a_format_that_is_only_read_says_so(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="can be read, but not written") as error:
+        quant.quantise(name, gaussian(2, 256))
+    assert error.value.code == "read_only_format"
+
+
+@pytest.mark.parametrize("name", WRITTEN)
 def test_quantised_weights_dequantise_to_the_same_bits(name: str) -> None:
     packed = quant.quantise(name, assorted(64, 768))
     assert_same_floats(quant.dequantise(name, packed, 64, 768), peer_dequantise(name, packed).reshape(64, 768))
@@ -141,7 +175,7 @@ def test_the_error_follows_the_scale_of_the_weights(name: str) -> None:
     assert error[1] == pytest.approx(error[0], rel=0.01)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_written_decodes_to_finite_values(name: str) -> None:
     rng = np.random.default_rng(11)
     tiny = gaussian(64, 512, 12) * np.exp2(rng.integers(-149, -20, (64, 1))).astype(np.float32)
@@ -150,7 +184,7 @@ def test_what_is_written_decodes_to_finite_values(name: str) -> None:
     assert np.isfinite(peer_dequantise(name, quant.quantise(name, x))).all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_weight_that_is_not_finite_is_refused(name: str, bad: float) -> None:
     x = gaussian(3, 512)
@@ -159,7 +193,7 @@ def test_a_weight_that_is_not_finite_is_refused(name: str, bad: float) -> None:
         quant.quantise(name, x)
 
 
-@pytest.mark.parametrize("name", [f for f in FORMATS if f != "F32"])
+@pytest.mark.parametrize("name", [f for f in WRITTEN if f != "F32"])
 def test_a_weight_too_large_for_the_format_is_refused(name: str) -> None:
     x = gaussian(2, 512)
     x[1, 77] = 3.4e38  # a float, but past the largest bfloat16 and any fp16 scale
@@ -167,7 +201,7 @@ def test_a_weight_too_large_for_the_format_is_refused(name: str) -> None:
         quant.quantise(name, x)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_threads_do_not_change_a_byte(name: str) -> None:
     x = assorted(37, 512)
     assert np.array_equal(quant.quantise(name, x, threads=1), quant.quantise(name, x, threads=3))

@@ -19,6 +19,9 @@ from .weights import Weights
 # GGUF tensor name patterns to storage types; the first match counts, no match means F32.
 Types = Mapping[str, GGMLQuantizationType]
 
+# By GGUF name: matrices that are written as these blocks [rows, bytes].
+Packed = Mapping[str, tuple[GGMLQuantizationType, NDArray[np.uint8]]]
+
 _OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -49,7 +52,12 @@ def gguf_name(hf_name: str) -> str:
 
 
 def write_gguf(
-    path: Path, config: ModelConfig, weights: Weights, types: Types | None = None, tokenizer: bool = True
+    path: Path,
+    config: ModelConfig,
+    weights: Weights,
+    types: Types | None = None,
+    tokenizer: bool = True,
+    packed: Packed | None = None,
 ) -> None:
     """Writes the file at `path`. One-dimensional tensors stay F32 whatever `types` says, as everywhere.
 
@@ -60,8 +68,12 @@ def write_gguf(
     if tokenizer:
         _add_tokenizer(writer, config.vocab_size)
     for name, values in gguf_tensors(config, weights):
-        storage = _storage_type(name, values, types or {})
-        writer.add_tensor(name, quants.quantize(values, storage), raw_dtype=storage)
+        if packed and name in packed:
+            storage, blocks = packed[name]
+        else:
+            storage = _storage_type(name, values, types or {})
+            blocks = quants.quantize(values, storage)
+        writer.add_tensor(name, blocks, raw_dtype=storage)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
