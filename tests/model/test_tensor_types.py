@@ -19,8 +19,8 @@ from tests.reference.weights import Weights, make_weights
 
 CONFIG = ModelConfig("formats", "qwen3", hidden_size=256, intermediate_size=512, head_dim=64, prompt_length=24)
 BLOCKS = [name for name in quant.FORMATS if name not in ("F32", "F16", "BF16")]
-# What int8 activations cost here: 2e-5 to 3e-4. A wrong scale or code of any tensor costs more than 1e-2.
-TOLERANCE = 1e-3
+# What int8 activations cost here is 6e-5 to 1.5e-3; one wrong sign in 256 costs 1e-2.
+TOLERANCE = 3e-3
 
 
 def pack(types: dict[str, str]) -> tuple[Weights, Packed]:

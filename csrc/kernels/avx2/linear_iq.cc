@@ -441,7 +441,7 @@ struct Coded {
   static constexpr size_t kPanels = 4;
   // Steps of a chain: a lane ends as 8 products of +-127 and codes up to 32 (at most 32512), or 4 of larger ones (31496).
   static constexpr int kSteps = F::kOffset <= 32 ? 4 : 2;
-  static constexpr int kChains = 4 / kSteps;  // of a sub-block of 16
+  static constexpr size_t kChains = 4 / kSteps;  // of a sub-block of 16
   struct Panel {
     uint8_t codes[16][4][64];  // [sub-block][step][4 row + column]: code + kOffset
     __m256i scale[16][2];      // [sub-block][rows 0-7, 8-15]: per row (sc, sc)
@@ -515,16 +515,13 @@ struct Coded {
                                    size_t stride) {
     __m256i whole[kTokens][2];
     for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
-    for (int j = 0; j < 16; ++j) {
-      for (int c = 0; c < kChains; ++c) {
-        __m256i sum[kTokens][2];
-        for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = broadcast32(&x.side[t].centre[kChains * j + c]);
-        chain<kTokens, kSteps, false>(panel.codes[j][kSteps * c], x.q, static_cast<size_t>(16 * j + 4 * kSteps * c),
-                                      sum);
-        for (int t = 0; t < kTokens; ++t) {
-          for (int h = 0; h < 2; ++h) {
-            whole[t][h] = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], panel.scale[j][h]));
-          }
+    for (size_t c = 0; c < 16 * kChains; ++c) {
+      __m256i sum[kTokens][2];
+      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = broadcast32(&x.side[t].centre[c]);
+      chain<kTokens, kSteps, false>(panel.codes[c / kChains][kSteps * (c % kChains)], x.q, 4 * kSteps * c, sum);
+      for (int t = 0; t < kTokens; ++t) {
+        for (int h = 0; h < 2; ++h) {
+          whole[t][h] = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], panel.scale[c / kChains][h]));
         }
       }
     }
