@@ -5,8 +5,8 @@
 Every matrix of the model is quantised to the type by ``ggml_quantize_chunk`` with an importance matrix of ones, all
 else is copied. Both engines evaluate the same windows of 128 ids, the beginning-of-sequence id first and the rest
 sampled from the unquantised model. From the logits: mean KL(theirs || ours), how often the most likely token is the
-same, and the mean KL(F16 || quantised) of each, the loss that the type itself brings. Two engines that round activations
-differently cannot agree to the bit; a wrong code, sign or scale shows as a divergence of the size of that loss.
+same, and the mean KL(F16 || quantised) of each, the loss that the type itself brings. Two engines that round
+activations differently cannot agree to the bit; a wrong code, sign or scale shows as a divergence of that size.
 """
 
 from __future__ import annotations

@@ -171,9 +171,9 @@ struct BlockIQ1_M {    // sub-blocks of 16: x = d/8 (2 sc + 1) code
 };
 
 // 256 ternary weights, codes -1 .. 1 (TQ2_0 can hold a 2).
-struct BlockTQ1_0 {  // x = d (u - 1); u is a digit to the base 3, the first after the point being
-  uint8_t qs[48];    // trit()
-  uint8_t qh[4];     // qs[i]: codes 32 n + i for i < 32, 128 + 16 n + i for more; qh[i]: codes 240 + 4 n + i
+struct BlockTQ1_0 {  // x = d (u - 1), u a digit to the base 3: trit()
+  uint8_t qs[48];    // digit n of qs[i]: code 32 n + i for i < 32, 128 + 16 n + i for the others
+  uint8_t qh[4];     // digit n of qh[i]: code 240 + 4 n + i
   uint16_t d;
 };
 struct BlockTQ2_0 {  // x = d (u - 1)
@@ -236,7 +236,7 @@ static inline uint8_t signs8(uint32_t seven) {
   return static_cast<uint8_t>(b | ((q ^ (q >> 1)) & 1) << 7);
 }
 
-// The digit of a byte of TQ1_0 that is shifted left n times to the base 3, n = 0 .. 4.
+// Digit n of a byte of TQ1_0, the byte being a fraction to the base 3: n = 0 .. 4 is the one after n others.
 static inline int trit(uint8_t byte, int n) {
   static constexpr uint8_t kPower[5] = {1, 3, 9, 27, 81};
   return (static_cast<uint8_t>(byte * kPower[n]) * 3) >> 8;

@@ -417,8 +417,8 @@ struct TQ2_0 {
 
 // ---- the loops ----
 
-// A block of each of 8 rows. All are prepared before the first is used: they store vectors that are read in smaller pieces,
-// which has to wait until the store is done.
+// A block of each of 8 rows. All are prepared before the first is used: they store vectors that are read in smaller
+// pieces, which has to wait until the store is done.
 template <class F>
 struct Blocks {
   F of[8];
@@ -439,7 +439,8 @@ struct Coded {
   using Block = typename F::Block;
   static constexpr size_t kBlock = 256;
   static constexpr size_t kPanels = 4;
-  // Steps of a chain: a lane ends as 8 products of +-127 and codes up to 32 (at most 32512), or 4 of larger ones (31496).
+  // Steps of a chain: a lane ends as 8 products of +-127 and codes up to 32 (at most 32512), or 4 of larger ones (at
+  // most 31496).
   static constexpr int kSteps = F::kOffset <= 32 ? 4 : 2;
   static constexpr size_t kChains = 4 / kSteps;  // of a sub-block of 16
   struct Panel {

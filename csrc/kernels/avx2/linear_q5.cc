@@ -1,5 +1,5 @@
-// Linear for Q4_1, Q5_0, Q5_1 and MXFP4: one scale per 32 weights, and a fifth bit, a minimum or both beside the nibbles
-// (MXFP4: nibbles that index 16 levels within +-12). tile.h explains the shape of the loops.
+// Linear for Q4_1, Q5_0, Q5_1 and MXFP4: one scale per 32 weights, and a fifth bit, a minimum or both beside the
+// nibbles; those of MXFP4 index 16 levels within +-12. tile.h explains the shape of the loops.
 #include "kernels/avx2/tile.h"
 #include "kernels/tiers.h"
 
