@@ -49,7 +49,11 @@ def vocabulary_hash(tokens: Iterable[str]) -> bytes:
 def file_size(n_vocab: int, windows: Ids) -> int:
     count, n_ctx = windows.shape
     """Bytes of a file of all the windows."""
-    return int(_HEADER.size + 4 * windows.size + count * scored_rows(n_ctx) * _row_type(n_vocab).itemsize)
+    return _HEADER.size + 4 * windows.size + count * scored_rows(n_ctx) * _row_bytes(n_vocab)
+
+
+def _row_bytes(n_vocab: int) -> int:
+    return 8 + 2 * n_vocab
 
 
 def _row_type(n_vocab: int) -> np.dtype[np.void]:
@@ -106,9 +110,8 @@ class SavedLogits:
                 "bad_header",
             )
         self.rows = scored_rows(self.n_ctx)
-        self._type = _row_type(self.n_vocab)
         self._data = _HEADER.size + 4 * self.n_windows * self.n_ctx
-        expected = self._data + self.n_windows * self.rows * self._type.itemsize
+        expected = self._data + self.n_windows * self.rows * _row_bytes(self.n_vocab)
         found = os.fstat(self._file.fileno()).st_size
         if found != expected:
             what = "cut" if found < expected else "too long"
@@ -145,8 +148,8 @@ class SavedLogits:
     def read_rows(self, window: int, first: int, count: int) -> tuple[Doubles, Floats]:
         """Positions first .. first + count of a window's scored ones: ``nll`` float64 [count], logits float32
         [count, n_vocab], the largest of each row 0."""
-        self._file.seek(self._data + (window * self.rows + first) * self._type.itemsize)
-        rows = self._array(self._type, count)
+        self._file.seek(self._data + (window * self.rows + first) * _row_bytes(self.n_vocab))
+        rows = self._array(_row_type(self.n_vocab), count)
         nll, logits = rows["nll"], rows["logits"].astype(np.float32)
         if not np.isfinite(nll).all() or (logits.max(axis=1) != 0).any():  # NaN is not 0 either
             raise self._bad(

@@ -18,7 +18,6 @@ Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 LEAST_CONTEXT = 8  # tokens of a window that has something to score
-_BUFFER_BYTES = 64 << 20
 
 
 def scored_rows(n_ctx: int) -> int:
@@ -48,10 +47,10 @@ def text_windows(tokenizer: Tokenizer, text: str, n_ctx: int, limit: int | None 
 
 
 class RowBuffer:
-    """Logits of many positions, some rows at a time: never more than 64 MiB, or 16 rows."""
+    """Logits of many positions, some rows at a time: as many as ``limit`` bytes hold, but 16 at least."""
 
-    def __init__(self, n_vocab: int) -> None:
-        self.rows = min(max(_BUFFER_BYTES // (4 * n_vocab), 16), 256)
+    def __init__(self, n_vocab: int, limit: int = 64 << 20) -> None:
+        self.rows = min(max(limit // (4 * n_vocab), 16), 256)
         self._memory = np.empty((self.rows, n_vocab), dtype=np.float32)
 
     def eval(self, session: Session, ids: Ids) -> Iterator[Floats]:
