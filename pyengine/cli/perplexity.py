@@ -98,7 +98,7 @@ def _windows(args: argparse.Namespace, model: Model, text: str | None, base: Sav
 def _vocabulary(model: Model) -> bytes:
     from pyengine.saved_logits import vocabulary_hash
 
-    return vocabulary_hash(model.metadata["tokenizer.ggml.tokens"])
+    return vocabulary_hash(model.metadata.get("tokenizer.ggml.tokens", ()))
 
 
 def _evaluate(

@@ -1,4 +1,4 @@
-"""What the matrices read, added up: equal to the float64 decoder's activations, the same bits whatever the way there."""
+"""What the matrices read, added up: the float64 decoder's activations, and the same bits whatever the way there."""
 
 from __future__ import annotations
 
@@ -75,10 +75,8 @@ def test_quantised_matrices_report_the_floats_they_read(kind: str) -> None:
     with Model.open(path) as model:
         x = model.file.dequantise("token_embd.weight").astype(np.float64)[PROMPT]
         eps = model.metadata[f"{model.architecture}.attention.layer_norm_rms_epsilon"]
-        normed = (
-            x / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * model.file.dequantise("blk.0.attn_norm.weight")
-        )
-        expected = (normed**2).sum(axis=0)
+        x *= model.file.dequantise("blk.0.attn_norm.weight") / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps)
+        expected = (x**2).sum(axis=0)
         for pieces in ([PROMPT], [PROMPT[i : i + 1] for i in range(len(PROMPT))]):
             with model.session(n_ctx=320, threads=3) as session:
                 session.observe()
