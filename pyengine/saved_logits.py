@@ -49,7 +49,8 @@ def vocabulary_hash(tokens: Iterable[str]) -> bytes:
 def file_size(n_vocab: int, windows: Ids) -> int:
     count, n_ctx = windows.shape
     """Bytes of a file of all the windows."""
-    return _HEADER.size + 4 * windows.size + count * scored_rows(n_ctx) * _row_bytes(n_vocab)
+    size: int = _HEADER.size + 4 * windows.size + count * scored_rows(n_ctx) * _row_bytes(n_vocab)
+    return size
 
 
 def _row_bytes(n_vocab: int) -> int:
