@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from pyengine.model import Session
-from pyengine.saved_logits import SavedLogits, write_rows
+from pyengine.saved_logits import LogitsWriter, SavedLogits
 from pyengine.windows import Floats, Ids, RowBuffer
+
+_BLOCK = 1 << 17  # logits
 
 Doubles = npt.NDArray[np.float64]
 
@@ -38,32 +39,33 @@ class Scores:
 
 
 def score(
-    session: Session, windows: Ids, *, base: SavedLogits | None = None, save: BinaryIO | None = None
+    session: Session, windows: Ids, *, base: SavedLogits | None = None, save: LogitsWriter | None = None
 ) -> Iterator[Scores]:
     """Evaluates windows int32 [count, n_ctx] one after the other, each from an empty session.
 
-    ``base``: compare with these, which hold at least these windows. ``save``: append the rows of saved logits here.
+    ``base``: compare with these, which hold at least these windows. ``save``: keep the logits.
     """
-    buffer = RowBuffer(session.model.n_vocab)
+    buffer, scorer = RowBuffer(session.model.n_vocab), _Scorer(session.model.n_vocab)
     first = windows.shape[1] // 2
     for index, ids in enumerate(windows):
         session.truncate(0)
         session.prefill(ids[:first])
         at, parts = 0, []
-        for logits in buffer.eval(session, ids[first:-1]):
-            n = len(logits)
-            logits -= logits.max(axis=1, keepdims=True)
-            nll = _likelihoods(logits, ids[first + at + 1 : first + at + 1 + n])
-            if save is not None:
-                write_rows(save, nll, logits)
-            empty = np.empty(0)
-            if base is None:
-                parts.append(Scores(nll, empty, empty, empty.astype(bool)))
-            else:
-                base_nll, base_logits = base.read_rows(index, at, n)
-                same = logits.argmax(axis=1) == base_logits.argmax(axis=1)
-                parts.append(Scores(nll, base_nll, _divergences(base_logits, logits), same))
-            at += n
+        for piece in buffer.eval(session, ids[first:-1]):
+            for logits in scorer.blocks(piece):
+                n = len(logits)
+                logits -= logits.max(axis=1, keepdims=True)
+                nll = scorer.likelihoods(logits, ids[first + at + 1 : first + at + 1 + n])
+                if save is not None:
+                    save.add(nll, logits)
+                empty = np.empty(0)
+                if base is None:
+                    parts.append(Scores(nll, empty, empty, empty.astype(bool)))
+                else:
+                    base_nll, base_logits = base.read_rows(index, at, n)
+                    same = logits.argmax(axis=1) == base_logits.argmax(axis=1)
+                    parts.append(Scores(nll, base_nll, scorer.divergences(base_logits, logits), same))
+                at += n
         yield joined(parts)
 
 
@@ -73,22 +75,37 @@ def joined(parts: Sequence[Scores]) -> Scores:
     return Scores(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def _likelihoods(logits: Floats, targets: Ids) -> Doubles:
-    """-log softmax(logits)[target] of each row of logits whose largest is 0. One row at a time stays in the cache."""
-    sums = np.array([np.exp(row).sum(dtype=np.float64) for row in logits])
-    nll: Doubles = np.log(sums) - logits[np.arange(len(targets)), targets]
-    return nll
+class _Scorer:
+    """Works on so few rows at a time that they stay in the cache, in memory of its own: fresh memory costs as much as
+    the arithmetic. Logits are float32 [n, n_vocab], the largest of each row 0."""
 
+    def __init__(self, n_vocab: int) -> None:
+        self._rows = max(_BLOCK // n_vocab, 1)
+        self._a, self._b = np.empty((2, n_vocab), dtype=np.float32)
 
-def _divergences(p: Floats, q: Floats) -> Doubles:
-    """sum softmax(p) (log softmax(p) - log softmax(q)) of each row of logits whose largest is 0."""
-    out = np.empty(len(p))
-    for i, (a, b) in enumerate(zip(p, q, strict=True)):
-        weights = np.exp(a)
-        sum_p, sum_q = weights.sum(dtype=np.float64), np.exp(b).sum(dtype=np.float64)
-        weights *= a - b
-        out[i] = weights.sum(dtype=np.float64) / sum_p - np.log(sum_p) + np.log(sum_q)
-    return out
+    def blocks(self, piece: Floats) -> Iterator[Floats]:
+        for at in range(0, len(piece), self._rows):
+            yield piece[at : at + self._rows]
+
+    def likelihoods(self, logits: Floats, targets: Ids) -> Doubles:
+        """-log softmax(logits)[target] of each row."""
+        sums = np.array([self._sum(row, self._a) for row in logits])
+        nll: Doubles = np.log(sums) - logits[np.arange(len(targets)), targets]
+        return nll
+
+    def divergences(self, p: Floats, q: Floats) -> Doubles:
+        """sum softmax(p) (log softmax(p) - log softmax(q)) of each row."""
+        out = np.empty(len(p))
+        for i, (a, b) in enumerate(zip(p, q, strict=True)):
+            sum_q, sum_p = self._sum(b, self._b), self._sum(a, self._a)
+            weighted = np.multiply(self._a, np.subtract(a, b, out=self._b), out=self._a)
+            out[i] = weighted.sum(dtype=np.float64) / sum_p - np.log(sum_p) + np.log(sum_q)
+        return out
+
+    @staticmethod
+    def _sum(row: Floats, exponentials: Floats) -> np.float64:
+        total: np.float64 = np.exp(row, out=exponentials).sum(dtype=np.float64)
+        return total
 
 
 @dataclass(frozen=True)

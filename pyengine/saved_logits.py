@@ -61,18 +61,27 @@ def _row_type(n_vocab: int) -> np.dtype[np.void]:
     return np.dtype([("nll", "<f8"), ("logits", "<f2", (n_vocab,))])
 
 
-def write_header(file: BinaryIO, n_vocab: int, windows: Ids, vocabulary: bytes) -> None:
-    count, n_ctx = windows.shape
-    file.write(_HEADER.pack(MAGIC, VERSION, n_vocab, n_ctx, count, vocabulary))
-    file.write(np.ascontiguousarray(windows, dtype="<i4").data)
+def _at_least(array: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+    """The array where it has ``count`` rows, else a new one."""
+    return array if len(array) >= count else np.empty((count, *array.shape[1:]), dtype=array.dtype)
 
 
-def write_rows(file: BinaryIO, nll: Doubles, logits: Floats) -> None:
-    """Appends positions: ``nll`` [n], ``logits`` [n, n_vocab] minus the largest of their row."""
-    rows = np.empty(len(nll), dtype=_row_type(logits.shape[1]))
-    rows["nll"] = nll
-    rows["logits"] = np.maximum(logits, _LOWEST)
-    file.write(rows.data.cast("B"))
+class LogitsWriter:
+    """Writes saved logits: the header at once, then the positions in order."""
+
+    def __init__(self, file: BinaryIO, n_vocab: int, windows: Ids, vocabulary: bytes) -> None:
+        self._file, self._rows = file, np.empty(0, dtype=_row_type(n_vocab))
+        count, n_ctx = windows.shape
+        file.write(_HEADER.pack(MAGIC, VERSION, n_vocab, n_ctx, count, vocabulary))
+        file.write(np.ascontiguousarray(windows, dtype="<i4").data)
+
+    def add(self, nll: Doubles, logits: Floats) -> None:
+        """Appends positions: ``nll`` [n], ``logits`` [n, n_vocab] minus the largest of their row."""
+        self._rows = _at_least(self._rows, len(nll))
+        rows = self._rows[: len(nll)]
+        rows["nll"] = nll
+        rows["logits"] = logits if logits.min() >= _LOWEST else np.maximum(logits, _LOWEST)
+        self._file.write(rows.data.cast("B"))
 
 
 class SavedLogits:
@@ -121,7 +130,10 @@ class SavedLogits:
                 f"of {self.n_vocab} take {expected}",
                 "cut_file",
             )
-        self.windows: Ids = self._array("<i4", self.n_windows * self.n_ctx).reshape(self.n_windows, self.n_ctx)
+        self.windows: Ids = np.empty((self.n_windows, self.n_ctx), dtype="<i4")
+        self._read(self.windows)
+        self._raw = np.empty(0, dtype=_row_type(self.n_vocab))
+        self._logits: Floats = np.empty((0, self.n_vocab), dtype=np.float32)
         if self.windows.min() < 0 or self.windows.max() >= self.n_vocab:
             raise self._bad(f"holds a token id outside 0..{self.n_vocab - 1}", "bad_header")
 
@@ -148,21 +160,22 @@ class SavedLogits:
 
     def read_rows(self, window: int, first: int, count: int) -> tuple[Doubles, Floats]:
         """Positions first .. first + count of a window's scored ones: ``nll`` float64 [count], logits float32
-        [count, n_vocab], the largest of each row 0."""
+        [count, n_vocab], the largest of each row 0. The next call overwrites the logits."""
         self._file.seek(self._data + (window * self.rows + first) * _row_bytes(self.n_vocab))
-        rows = self._array(_row_type(self.n_vocab), count)
-        nll, logits = rows["nll"], rows["logits"].astype(np.float32)
+        self._raw, self._logits = _at_least(self._raw, count), _at_least(self._logits, count)
+        rows, logits = self._raw[:count], self._logits[:count]
+        self._read(rows)
+        nll = rows["nll"].copy()
+        logits[...] = rows["logits"]
         if not np.isfinite(nll).all() or (logits.max(axis=1) != 0).any():  # NaN is not 0 either
             raise self._bad(
                 f"is damaged: in window {window} a likelihood is not finite, or the largest logit not 0", "damaged"
             )
         return nll, logits
 
-    def _array(self, kind: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
-        array = np.empty(count, dtype=kind)
+    def _read(self, array: npt.NDArray[Any]) -> None:
         if self._file.readinto(array.data.cast("B")) != array.nbytes:
             raise self._bad("became shorter while it was read", "cut_file")
-        return array
 
     def _bad(self, what: str, code: str) -> FormatError:
         return FormatError(f"{self.path} {what}", code=code)

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from pyengine.cli.common import EXIT_OK, Progress, UsageError, in_background, run_command, use_utf8
 from pyengine.cli.corpus import add_corpus_options, check_corpus_options, count_of, read_text
@@ -17,7 +17,7 @@ from pyengine.cli.corpus import add_corpus_options, check_corpus_options, count_
 if TYPE_CHECKING:
     from pyengine.model import Model
     from pyengine.perplexity import Estimate, Report, Scores
-    from pyengine.saved_logits import SavedLogits
+    from pyengine.saved_logits import LogitsWriter, SavedLogits
     from pyengine.windows import Ids
 
 NAME = "pyengine-perplexity"
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from pyengine.files import check_target, replacing
     from pyengine.model import Model
     from pyengine.perplexity import report
-    from pyengine.saved_logits import SavedLogits, file_size, write_header
+    from pyengine.saved_logits import LogitsWriter, SavedLogits, file_size
     from pyengine.windows import LEAST_CONTEXT
 
     check_corpus_options(args, LEAST_CONTEXT)
@@ -67,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
             check_target(Path(args.save_logits), force=args.force)
         model = stack.enter_context(Model.open(args.model, prefix_bytes=0))
         windows = _windows(args, model, text, base)
-        save: BinaryIO | None = None
+        save: LogitsWriter | None = None
         if args.save_logits is not None:
             check_target(Path(args.save_logits), force=args.force, size=file_size(model.n_vocab, windows))
-            save = stack.enter_context(replacing(Path(args.save_logits)))
-            write_header(save, model.n_vocab, windows, _vocabulary(model))
+            file = stack.enter_context(replacing(Path(args.save_logits)))
+            save = LogitsWriter(file, model.n_vocab, windows, _vocabulary(model))
         progress = Progress("window", len(windows))
         result = report(_evaluate(args, model, windows, base, save, progress))
     _print(args, result, windows, progress.seconds)
@@ -106,7 +106,7 @@ def _evaluate(
     model: Model,
     windows: Ids,
     base: SavedLogits | None,
-    save: BinaryIO | None,
+    save: LogitsWriter | None,
     progress: Progress,
 ) -> list[Scores]:
     from pyengine.perplexity import score

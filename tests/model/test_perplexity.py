@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pyengine import FormatError, InvalidArgument, Model, saved_logits
 from pyengine.files import check_target, replacing
 from pyengine.perplexity import Scores, joined, report, score
-from pyengine.saved_logits import SavedLogits, vocabulary_hash, write_header
+from pyengine.saved_logits import LogitsWriter, SavedLogits, vocabulary_hash
 from pyengine.windows import Ids, RowBuffer, scored_rows, text_windows
 from tests.reference.configs import BY_NAME
 from tests.reference.decoder import decode
@@ -60,8 +60,8 @@ def scores(path: Path, windows: Ids, *, base: Path | None = None, save: Path | N
                 return list(score(session, windows, base=logits))
         if save is not None:
             with replacing(save) as file:
-                write_header(file, model.n_vocab, windows, vocabulary(model))
-                return list(score(session, windows, save=file))
+                writer = LogitsWriter(file, model.n_vocab, windows, vocabulary(model))
+                return list(score(session, windows, save=writer))
         return list(score(session, windows))
 
 
