@@ -1,6 +1,6 @@
 """Perplexity of a text, and the divergence from saved logits of another model. docs/quality.md has the definitions.
 
-Exponentials are float32, what is summed up is float64: the error of a likelihood stays below 1e-6.
+Exponentials are float32, what is summed up is float64: a likelihood is off by 1e-6 or so.
 """
 
 from __future__ import annotations

@@ -175,6 +175,7 @@ class Progress:
         self._status.show(f"{self._what} {self._done} of {self._total}{note}, {duration(left)} left")
 
     def __enter__(self) -> Progress:
+        self._status.show(f"{self._what} 0 of {self._total}")
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             save = LogitsWriter(file, model.n_vocab, windows, _vocabulary(model))
         progress = Progress("window", len(windows))
         result = report(_evaluate(args, model, windows, base, save, progress))
-    _print(args, result, windows, progress.seconds)
+        _print(args, result, windows, progress.seconds)  # before the file is finished: that may fail
     return EXIT_OK
 
 
