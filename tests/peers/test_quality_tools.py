@@ -39,9 +39,14 @@ def tool(name: str, *args: object) -> str:
     return done.stdout + done.stderr
 
 
-def theirs(name: str, path: Path, chunks: int, *args: object) -> str:
+def theirs(name: str, path: Path, chunks: int, *args: object, says: str = "") -> str:
+    """What the tool prints over the text. Its log sometimes loses its last lines: again until it ``says`` that."""
     options = ["-c", 128, "-b", 128, "-t", 1, "-fa", "off", "--chunks", chunks]
-    return tool(name, "-m", path, "-f", TEXT, *options, *args)
+    for _ in range(20):
+        text = tool(name, "-m", path, "-f", TEXT, *options, *args)
+        if says in text:
+            return text
+    raise AssertionError(f"{name} never printed {says!r}")
 
 
 def ours(capsys: pytest.CaptureFixture[str], path: Path, *args: object) -> dict[str, float]:
@@ -52,7 +57,7 @@ def ours(capsys: pytest.CaptureFixture[str], path: Path, *args: object) -> dict[
 
 @pytest.mark.parametrize("name", NAMES)
 def test_perplexity_and_its_error_are_llama_cpps(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", theirs("llama-perplexity", model(name), 60))
+    found = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", theirs("llama-perplexity", model(name), 60, says="PPL = "))
     assert found is not None
     got = ours(capsys, model(name))
     assert got["perplexity"] == pytest.approx(float(found[1]), rel=1e-3)
@@ -61,7 +66,8 @@ def test_perplexity_and_its_error_are_llama_cpps(name: str, capsys: pytest.Captu
 def test_divergence_is_llama_cpps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, quantised = model("llama-256d-F16"), model("llama-256d-Q4_0")
     theirs("llama-perplexity", base, 60, "--save-all-logits", tmp_path / "theirs")
-    text = theirs("llama-perplexity", quantised, 60, "--kl-divergence-base", tmp_path / "theirs", "--kl-divergence")
+    options = ("--kl-divergence-base", tmp_path / "theirs", "--kl-divergence")
+    text = theirs("llama-perplexity", quantised, 60, *options, says="Same top p:")
     labels = {"mean KLD": r"Mean +KLD", "median KLD": r"Median +KLD", "99 % KLD": r"99\.0% +KLD"}
     labels |= {"same top token": "Same top p", "ratio": r"Mean PPL\(Q\)/PPL\(base\)"}
     ours(capsys, base, "--save-logits", tmp_path / "ours")
