@@ -7,6 +7,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -142,6 +143,14 @@ def _tokenizer_of(path: str) -> Tokenizer:
     return Tokenizer.from_gguf(path)
 
 
+@dataclass(frozen=True)
+class InputSums:
+    """What one matrix was multiplied with: ``squares`` float64 [cols], the sum of x[col]² over ``tokens`` rows x."""
+
+    tokens: int
+    squares: npt.NDArray[np.float64]
+
+
 class Session:
     """A token sequence with its KV cache; one thread at a time, except :meth:`cancel`.
 
@@ -208,6 +217,22 @@ class Session:
         Returns how many tokens it holds: evaluate ``tokens[held:]`` next.
         """
         return self._core.reuse(_ids(tokens))
+
+    def observe(self, on: bool = True) -> None:
+        """From now on every eval adds up the squares of what each matrix reads, starting at zero; ``False``: no longer.
+
+        No effect on any logit. An eval that fails after it began sets all sums to zero.
+        """
+        self._core.observe(on)
+
+    @property
+    def inputs(self) -> dict[str, InputSums]:
+        """The sums of an observed session by the matrix's name, in the order of the forward pass.
+
+        The matrix of the logits sees those tokens whose logits are asked for. Same bits for any threads and chunk.
+        Errors: ``InvalidArgument`` when the session is not observed.
+        """
+        return {name: InputSums(tokens, squares) for name, tokens, squares in self._core.inputs()}
 
     def cancel(self) -> None:
         """From any thread: the running (or, when none runs, the next) eval raises ``Cancelled`` within 250 ms."""

@@ -101,6 +101,15 @@ SessionOptions session_options(const pe_session_options* given) {
   return out;
 }
 
+// The size of a struct that the caller's header and ours may disagree on.
+template <typename Out>
+uint32_t sized(Out* out, const char* init) {
+  const uint32_t size = not_null(out, "out").struct_size;
+  if (size < sizeof size || size > 4096)
+    bad_argument("out.struct_size", (std::string("is not set: call ") + init).c_str());
+  return size;
+}
+
 // `*out` is zero unless the call succeeds.
 template <typename T>
 T& cleared(T* out) {
@@ -196,9 +205,7 @@ void pe_model_close(pe_model* model) { delete model; }
 
 pe_status pe_model_get_info(const pe_model* model, pe_model_info* out) {
   return guarded([&] {
-    const uint32_t size = not_null(out, "out").struct_size;
-    if (size < sizeof out->struct_size || size > 4096)
-      bad_argument("out.struct_size", "is not set: call pe_model_info_init");
+    const uint32_t size = sized(out, "pe_model_info_init");
     const Model& m = *not_null(model, "model").model;
     const ModelConfig& c = m.config();
     pe_model_info info{.struct_size = size,
@@ -285,6 +292,35 @@ pe_status pe_session_reuse(pe_session* session, const int32_t* tokens, size_t n,
     not_null(kept, "kept") = 0;
     if (n) not_null(tokens, "tokens");
     *kept = not_null(session, "session").session.reuse(tokens, n);
+  });
+}
+
+void pe_input_init(pe_input* input) {
+  if (!input) return;
+  *input = {};
+  input->struct_size = sizeof *input;
+}
+
+pe_status pe_session_observe(pe_session* session, int32_t on) {
+  return guarded([&] {
+    if (on != 0 && on != 1) bad_argument("on", "must be 0 or 1");
+    not_null(session, "session").session.observe(on == 1);
+  });
+}
+
+pe_status pe_session_input_at(const pe_session* session, size_t index, pe_input* out) {
+  return guarded([&] {
+    const uint32_t size = sized(out, "pe_input_init");
+    const InputSums* inputs = not_null(session, "session").session.inputs();
+    if (!inputs) bad_argument("session", "is not observed: call pe_session_observe first");
+    if (index >= inputs->size()) bad_argument("index", "is past the last matrix");
+    const InputSums::Sums& sums = inputs->of(index);
+    const pe_input input{.struct_size = size,
+                         .tensor = inputs->matrix(index).name,
+                         .n_tokens = sums.tokens,
+                         .n_cols = sums.squares.size(),
+                         .squares = sums.squares.data()};
+    std::memcpy(out, &input, std::min<size_t>(size, sizeof input));
   });
 }
 

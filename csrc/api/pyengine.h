@@ -302,6 +302,26 @@ pe_status pe_session_truncate(pe_session* session, size_t n);
  * far as the model's prefix_bytes allow. No effect on any logit. PE_E_ARGUMENT for n = 0. */
 pe_status pe_session_reuse(pe_session* session, const int32_t* tokens, size_t n, size_t* kept);
 
+/* What one matrix of the model was multiplied with, added up. */
+typedef struct pe_input {
+  uint32_t struct_size;
+  const char* tensor;    /* the matrix: "blk.0.attn_q.weight" ... "output.weight" (its name in the file) */
+  uint64_t n_tokens;     /* how many rows of activations were added */
+  uint64_t n_cols;       /* columns of the matrix */
+  const double* squares; /* [n_cols] sum over the tokens of x[col]^2: what an importance matrix holds */
+} pe_input;
+
+void pe_input_init(pe_input* input);
+
+/* on = 1: from now on every eval adds up the squares of what each matrix reads, starting at zero; 0: no longer (the
+ * default), and the sums are gone. No effect on any logit; the sums are the same bits for any number of threads and any
+ * chunk. The matrix of the logits sees those tokens whose logits are asked for. An eval that fails after it began sets
+ * all sums to zero. PE_E_ARGUMENT, PE_E_MEMORY. */
+pe_status pe_session_observe(pe_session* session, int32_t on);
+/* By position, in the order of the forward pass; the pointers are valid until the next call that changes the session.
+ * PE_E_ARGUMENT past the end, and when the session is not observed. */
+pe_status pe_session_input_at(const pe_session* session, size_t index, pe_input* out);
+
 /* Any thread: makes the running eval, or when none runs the next one, return PE_E_CANCELLED within 250 ms. That return
  * consumes the request; pe_session_clear_cancel takes back one that no eval has met. NULL is ignored. */
 void pe_session_cancel(pe_session* session);

@@ -21,6 +21,7 @@ namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using IdArray = py::array_t<int32_t, py::array::c_style>;
+using Doubles = py::array_t<double, py::array::c_style>;
 using Row = py::array_t<float, py::array::c_style>;  // noconvert: a caller's buffer, never a copy of it
 
 // Raises the exception for this thread's last error. Needs the GIL.
@@ -311,6 +312,18 @@ class Session {
     return out;
   }
   void check_cancel() { check(pe_session_check_cancel(handle()->raw)); }
+  void observe(bool on) { check(pe_session_observe(handle()->raw, on)); }
+  // (tensor, tokens, squares float64) of every matrix
+  py::list inputs() const {
+    py::list out;
+    pe_input input;
+    pe_input_init(&input);
+    check(pe_session_input_at(handle()->raw, 0, &input));
+    for (size_t i = 0; pe_session_input_at(handle()->raw, i, &input) == PE_OK; ++i)
+      out.append(py::make_tuple(py::str(input.tensor), input.n_tokens,
+                                Doubles(static_cast<py::ssize_t>(input.n_cols), input.squares)));
+    return out;
+  }
   size_t length() const { return pe_session_length(handle()->raw); }
   uint32_t context() const { return pe_session_context(handle()->raw); }
   uint32_t threads() const { return pe_session_threads(handle()->raw); }
@@ -363,7 +376,6 @@ py::tuple session_bytes(const Model& model, uint32_t n_ctx, uint32_t threads, ui
 
 // ---- choosing tokens ----
 
-using Doubles = py::array_t<double, py::array::c_style>;
 using Longs = py::array_t<int64_t, py::array::c_style>;
 
 // The k largest logits as (ids int64, logits float64), ids ascending.
@@ -511,6 +523,8 @@ PYBIND11_MODULE(_core, m) {
       .def("close", &Session::close)
       .def("eval", &Session::eval, py::arg("tokens"), py::arg("want"), py::arg("out").noconvert() = py::none())
       .def("check_cancel", &Session::check_cancel)
+      .def("observe", &Session::observe, py::arg("on"))
+      .def("inputs", &Session::inputs)
       .def("length", &Session::length)
       .def("context", &Session::context)
       .def("threads", &Session::threads)

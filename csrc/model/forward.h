@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "kernels/kernels.h"
+#include "model/inputs.h"
 #include "model/weights.h"
 #include "runtime/kv_cache.h"
 #include "runtime/thread_pool.h"
@@ -51,6 +52,7 @@ struct Batch {
   size_t pos;                       // of the first token
   size_t first_row;                 // logits for tokens first_row .. n - 1
   float* logits;                    // [n - first_row][n_vocab], or nullptr
+  InputSums* inputs;                // what linear operations read is added here, or nullptr
   const std::atomic<bool>& cancel;  // polled between tasks
   std::atomic<bool> spoilt{false};  // a task was skipped: nothing of the result is valid
   std::atomic<bool> leave{false};   // thread 0's decision, taken before a barrier, that all return after it

@@ -102,6 +102,14 @@ void quantise_part(const Batch& b, Act act, const float* x, size_t cols, size_t 
   }
 }
 
+// What `w` and the matrices beside it are about to read is added up where somebody asked for it. Thread 0 does it without a
+// barrier: nobody writes the input before the end of the operation, whose tasks the other threads take meanwhile.
+void observe(const Team& team, const Batch& b, const Tensor& w, const Input& x, size_t tokens) {
+  if (!b.inputs || team.index() != 0) return;
+  const Scratch::Rows& floats = *x.form[static_cast<int>(Act::F32)];
+  b.inputs->add(w, b.row(floats, x.row), floats.stride, tokens);
+}
+
 // Rows r0 .. r1 of `w` times `tokens` rows of x, into y[t][r0 ..] (floats, `stride` apart).
 void linear_rows(const Batch& b, const Tensor& w, const Input& x, size_t tokens, size_t r0, size_t r1, float* y,
                  size_t stride) {
@@ -255,6 +263,7 @@ void linear_from(Team& team, Batch& b, const Input& x, const Job* jobs, size_t c
   size_t rows = 0;
   for (size_t j = 0; j < count; ++j) rows += jobs[j].w->rows;
   const Tasks tasks(team, b, rows, b.n);
+  observe(team, b, *jobs[0].w, x, b.n);
   each(team, tasks.count, [&](size_t task) {
     const size_t begin = tasks.begin(task), end = tasks.end(task);
     size_t first = 0;  // the job's first row among all rows
@@ -306,6 +315,7 @@ void linear(Team& team, Batch& b, const Job* jobs, size_t count) { linear_from(t
 void gate_up(Team& team, Batch& b, const Tensor& gate, const Tensor& up, Act act) {
   const Input x = hidden(team, b);
   const Tasks tasks(team, b, b.config.n_ff, b.n);
+  observe(team, b, gate, x, b.n);
   const auto multiply = [&](const Tensor& w, const Scratch::Rows& y, size_t r0, size_t r1) {
     linear_rows(b, w, x, b.n, r0, r1, b.row(y, 0), y.stride / sizeof(float));
   };
@@ -362,6 +372,7 @@ void logits(Team& team, Batch& b) {
   const size_t tokens = b.n - b.first_row;
   const Input x = hidden(team, b, b.first_row);
   const Tasks tasks(team, b, w.rows, tokens);
+  observe(team, b, w, x, tokens);
   each(team, tasks.count, [&](size_t task) {
     if (cancelled(b)) return;
     linear_rows(b, w, x, tokens, tasks.begin(task), tasks.end(task), b.logits, b.config.n_vocab);

@@ -119,6 +119,7 @@ void Session::eval(const int32_t* tokens, size_t n, Want want, float* logits) {
     eval_chunk(tokens + done, m, first_row, rows);
     if (rows && !model_->kernels().all_finite(rows, (m - first_row) * n_vocab)) {
       sequence_.resize(before);
+      if (inputs_) inputs_->clear();
       throw Error(
           Status::kNumeric, "not_finite",
           "the logits contain NaN or infinity: the weights in this file are damaged (download it again), or its keys "
@@ -140,14 +141,21 @@ void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, floa
               .pos = sequence_.tokens.size(),
               .first_row = first_row,
               .logits = logits,
+              .inputs = inputs_.get(),
               .cancel = cancel_};
   pool_.run(static_cast<int>(n == 1 ? options_.n_threads : options_.n_threads_prefill),
             [&](Team& team) { forward(team, batch); });
   if (batch.spoilt.load()) {
+    if (inputs_) inputs_->clear();
     cancel_.store(false);
     throw_cancelled();
   }
   sequence_.append(tokens, n);
+}
+
+void Session::observe(bool on) {
+  const Use use(*this);
+  inputs_ = on ? std::make_unique<InputSums>(model_->weights()) : nullptr;
 }
 
 void Session::check_cancel() {

@@ -49,7 +49,10 @@ class Session {
   size_t reuse(const int32_t* tokens, size_t n);
   void cancel() { cancel_.store(true); }
   void clear_cancel() { cancel_.store(false); }
-  void check_cancel();  // throws Error kCancelled, as the next eval would
+  // Whether evals add up what the matrices read, from zero; see pe_session_observe.
+  void observe(bool on);
+  const InputSums* inputs() const { return inputs_.get(); }  // nullptr: not observed
+  void check_cancel();                                       // throws Error kCancelled, as the next eval would
 
   const Model& model() const { return *model_; }
   const std::vector<int32_t>& tokens() const { return sequence_.tokens; }
@@ -67,6 +70,7 @@ class Session {
   Sequence sequence_;
   ThreadPool pool_;
   std::shared_ptr<PrefixCache> prefixes_;
+  std::unique_ptr<InputSums> inputs_;
   std::atomic<bool> cancel_{false};
   std::atomic<bool> busy_{false};
 };

@@ -21,6 +21,7 @@ class Binder {
   Tensor matrix(const std::string& name, size_t rows, size_t cols) {
     const gguf::TensorInfo& t = need(name, cols, rows);
     Tensor out;
+    out.name = t.name.c_str();
     if (!format_from_type(t.type, &out.format))
       throw Error(Status::kUnsupported, "unsupported_tensor_type",
                   "the tensor " + printable(name) + " has type " + gguf::type_name(t.type) + "; this build runs " +

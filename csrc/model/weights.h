@@ -12,6 +12,7 @@ namespace pe {
 
 // A matrix in the file: a view, the mapping owns the bytes. y = W x has `rows` outputs from `cols` inputs.
 struct Tensor {
+  const char* name = "";  // in the file
   Format format = Format::F32;
   Act act = Act::F32;
   size_t rows = 0;

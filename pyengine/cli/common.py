@@ -7,6 +7,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from types import FrameType
@@ -158,6 +159,39 @@ class Status:
             self._stream.flush()
         except OSError:
             self._on = False
+
+
+class Progress:
+    """Equal steps on the status line, with the time that is left; the line goes when the ``with`` block ends."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
+        self._status = Status()
+        self._start = time.monotonic()
+
+    def advance(self, note: str = "") -> None:
+        self._done += 1
+        left = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+        self._status.show(f"{self._what} {self._done} of {self._total}{note}, {duration(left)} left")
+
+    def __enter__(self) -> Progress:
+        self._status.show(f"{self._what} 0 of {self._total}")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._status.clear()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._start
+
+
+def duration(seconds: float) -> str:
+    """``0:07``, ``12:30``, ``3:02:01``."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 def available_memory() -> int | None:

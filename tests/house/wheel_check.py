@@ -45,7 +45,8 @@ def main(folder: str) -> None:
         )
         print("pyengine-run --demo:", answer.stdout.strip())
         assert "42" in answer.stdout, answer.stdout
-        subprocess.run([tmp + "/venv/bin/pyengine-convert", "--help"], check=True, capture_output=True, cwd=tmp)
+        for command in ("pyengine-convert", "pyengine-imatrix", "pyengine-perplexity"):
+            subprocess.run([f"{tmp}/venv/bin/{command}", "--help"], check=True, capture_output=True, cwd=tmp)
 
 
 if __name__ == "__main__":
