@@ -229,8 +229,8 @@ PE_INLINE void multiply_parts(const Panel<K>* panels, size_t b, const Tokens<T>&
 
 // acc[R][T][16] += R panels * T tokens; a panel's acc lie kBatch apart.
 template <class K, int T, int R>
-PE_NOINLINE void multiply_panel(const Panel<K>* panels, const LinearArgs& args, const ActLayout& at,
-                                              size_t token, size_t first, size_t n, float (*acc)[kRows]) {
+PE_NOINLINE void multiply_panel(const Panel<K>* panels, const LinearArgs& args, const ActLayout& at, size_t token,
+                                size_t first, size_t n, float (*acc)[kRows]) {
   const Tokens<T> x(args, at, token);
   __m512 f[R][T];
   PE_UNROLL
