@@ -11,10 +11,7 @@ namespace {
 
 // A block is four parts of 16 steps: where bits of the same bytes go. Q2_K, Q3_K: part P = 2 h + p holds sub-blocks
 // 8 h + p + {0, 2, 4, 6} of 16 columns, 4 steps each.
-template <int P>
-PE_INLINE constexpr int sub_block(int i) {
-  return 8 * (P / 2) + P % 2 + 2 * i;
-}
+PE_INLINE constexpr int sub_block(int part, int i) { return 8 * (part / 2) + part % 2 + 2 * i; }
 
 // What a format adds beside its scaled codes: the minima, or the offset that made its codes unsigned.
 //   minus   M = sum over sub-blocks of pair * (sum of activations), subtracted with dmin * a
@@ -37,14 +34,9 @@ struct Q256 {
     return kSubBlock == 32 ? 2 * part + i : 8 * (part / 2) + 2 * (part % 2) + i % 2 + i / 2 * 4;
   }
 
-  template <int P, int T, int R>
-  static PE_INLINE void multiply(const __m512i* const* codes, const Head* const* head, const Tokens<T>& x, size_t block,
-                                 __m512i (*sum)[T], __m512 (*)[T]) {
-    multiply_part<T, R>(P, codes, head, x, block, sum);
-  }
   template <int T, int R>
-  static PE_INLINE void multiply_part(int p, const __m512i* const* codes, const Head* const* head, const Tokens<T>& x,
-                                      size_t block, __m512i (*sum)[T]) {
+  static PE_INLINE void multiply(int p, const __m512i* const* codes, const Head* const* head, const Tokens<T>& x,
+                                 size_t block, __m512i (*sum)[T], __m512 (*)[T]) {
     constexpr int kSteps = kSubBlock / 4;
     PE_UNROLL
     for (int i = 0; i < kCodes / kSteps; ++i) {
@@ -235,12 +227,12 @@ struct IQ4_XS : Q256<IQ4_XS, 32, false, 7> {
 
 // Codes that are already multiplied with their scale: a block is one chain of 64 steps.
 struct Products {
-  template <int P, int T, int R, class Head>
-  static PE_INLINE void multiply(const __m512i* const* codes, const Head* const*, const Tokens<T>& x, size_t block,
-                                 __m512i (*sum)[T], __m512 (*)[T]) {
+  template <int T, int R, class Head>
+  static PE_INLINE void multiply(int p, const __m512i* const* codes, const Head* const*, const Tokens<T>& x,
+                                 size_t block, __m512i (*sum)[T], __m512 (*)[T]) {
     PE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      chain<T, R, 4>(codes, 4 * i, x, 256 * block + static_cast<size_t>(16 * sub_block<P>(i)), sum);
+      chain<T, R, 4>(codes, 4 * i, x, 256 * block + static_cast<size_t>(16 * sub_block(p, i)), sum);
       PE_UNROLL
       for (int r = 0; r < R; ++r) {
         PE_UNROLL
@@ -281,7 +273,7 @@ struct Q2_K : Products {
     transpose16(rows, at + offsetof(Block, qs) + 16 * P, v);
     PE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int j = sub_block<P>(i);
+      const int j = sub_block(P, i);
       const __m512i byte = _mm512_srli_epi32(head.scale[j / 4], static_cast<unsigned>(8 * (j % 4)));
       const __m512i scale =
           _mm512_mullo_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), _mm512_set1_epi32(0x00010001));
@@ -346,7 +338,7 @@ struct Q3_K : Products {
     const __m512i even = _mm512_set1_epi16(0x00ff);
     PE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int j = sub_block<P>(i);
+      const int j = sub_block(P, i);
       const __m512i byte = _mm512_srli_epi32(head.scale[j / 4], static_cast<unsigned>(8 * (j % 4)));
       const __m512i sc =
           _mm512_mullo_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(63)), _mm512_set1_epi32(0x00010001));

@@ -24,9 +24,9 @@ struct Q32 {
     __m512i high;  // Q5: the fifth bits
   };
 
-  template <int P, int T, int R>
-  static PE_INLINE void multiply(const __m512i* const* codes, const Head* const* head, const Tokens<T>& x, size_t block,
-                                 __m512i (*sum)[T], __m512 (*acc)[T]) {
+  template <int T, int R>
+  static PE_INLINE void multiply(int, const __m512i* const* codes, const Head* const* head, const Tokens<T>& x,
+                                 size_t block, __m512i (*sum)[T], __m512 (*acc)[T]) {
     // (sum of an even block, of the odd one after it): one of the two times -offset starts the chain
     const __m512i offset = _mm512_set1_epi32(block % 2 == 0 ? -Format::kOffset & 0xffff : -Format::kOffset * 65536);
     if constexpr (Format::kOffset != 0) {

@@ -181,9 +181,9 @@ inline void row_pointers(const LinearArgs& args, size_t row, const uint8_t** out
 //   K::Head                                         what the block has besides codes
 //   K::head(rows, at, &head)                        the block at byte `at` of every row
 //   K::codes<P>(rows, at, head, codes)              steps of part P
-//   K::kLoop, K::codes_of(P, ..), K::multiply_part<T, R>(P, ..)   the same with the part as a value, where that is as fast
-//   K::multiply<P, T, R>(codes, head, x, block, sum, acc)   R groups of 16 rows
-//                                                   acc [R][T] floats of 16 rows; sum [R][T] int32, zero at the block's start
+//   K::kLoop, K::codes_of(p, rows, at, head, codes)   the same with the part as a value, where that is as fast
+//   K::multiply<T, R>(p, codes, head, x, block, sum, acc)   part p of R groups of 16 rows: acc [R][T] floats of 16 rows;
+//                                                   sum [R][T] int32, zero at the block's start
 //   K::kFinish, K::finish(head, x, t, block, sum, acc)      when the block is complete, for one token and group
 
 // 16 rows, as many columns as one block of 256 has.
@@ -197,7 +197,10 @@ struct Panel {
 template <class K, int P>
 PE_INLINE void decode_parts(const uint8_t* const* rows, size_t at, const typename K::Head& head,
                             __m512i (*codes)[K::kCodes]) {
-  if constexpr (P < K::kParts) {
+  if constexpr (K::kLoop) {
+    PE_LOOP
+    for (int p = 0; p < K::kParts; ++p) K::codes_of(p, rows, at, head, codes[p]);
+  } else if constexpr (P < K::kParts) {
     K::template codes<P>(rows, at, head, codes[P]);
     decode_parts<K, P + 1>(rows, at, head, codes);
   }
@@ -209,21 +212,6 @@ inline void decode(const uint8_t* const* rows, size_t first, size_t n, Panel<K>*
     const size_t at = (first + b) * sizeof(typename K::Block);
     K::head(rows, at, &panel->head[b]);
     decode_parts<K, 0>(rows, at, panel->head[b], panel->codes[b]);
-  }
-}
-
-template <class K, int P, int T, int R>
-PE_INLINE void multiply_parts(const Panel<K>* panels, size_t b, const Tokens<T>& x, size_t block, __m512i (*sum)[T],
-                              __m512 (*acc)[T]) {
-  if constexpr (P < K::kParts) {
-    const __m512i* codes[R];
-    const typename K::Head* head[R];
-    for (int r = 0; r < R; ++r) {
-      codes[r] = panels[r].codes[b][P];
-      head[r] = &panels[r].head[b];
-    }
-    K::template multiply<P, T, R>(codes, head, x, block, sum, acc);
-    multiply_parts<K, P + 1, T, R>(panels, b, x, block, sum, acc);
   }
 }
 
@@ -245,14 +233,23 @@ PE_NOINLINE void multiply_panel(const Panel<K>* panels, const LinearArgs& args, 
       PE_UNROLL
       for (int r = 0; r < R; ++r) sum[r][t] = _mm512_setzero_si512();
     }
-    multiply_parts<K, 0, T, R>(panels, b, x, first + b, sum, f);
+    const typename K::Head* head[R];
+    PE_UNROLL
+    for (int r = 0; r < R; ++r) head[r] = &panels[r].head[b];
+    PE_LOOP  // code that streams of data push out of the second-level cache leaves the first with it: keep it small
+        for (int p = 0; p < K::kParts; ++p) {
+      const __m512i* codes[R];
+      PE_UNROLL
+      for (int r = 0; r < R; ++r) codes[r] = panels[r].codes[b][p];
+      K::template multiply<T, R>(p, codes, head, x, first + b, sum, f);
+    }
     if constexpr (K::kFinish) {  // sums in memory: there are no registers for them before
       PE_UNROLL
       for (int t = 0; t < T; ++t) {
         PE_UNROLL
         for (int r = 0; r < R; ++r) {
           float* y = acc[r * kBatch + t];
-          _mm512_store_ps(y, K::finish(panels[r].head[b], x, t, first + b, sum[r][t], _mm512_load_ps(y)));
+          _mm512_store_ps(y, K::finish(*head[r], x, t, first + b, sum[r][t], _mm512_load_ps(y)));
         }
       }
     }
@@ -327,14 +324,14 @@ PE_INLINE void few_parts(const uint8_t* const* rows, size_t at, const uint8_t* a
       __m512i codes[K::kCodes];
       K::codes_of(p, rows, at, head, codes);
       const __m512i* const code = codes;
-      K::template multiply_part<T, 1>(p, &code, &h, x, block, sum);
+      K::template multiply<T, 1>(p, &code, &h, x, block, sum, acc);
     }
   } else if constexpr (P < K::kParts) {
     prefetch(ahead + P * kShare, kShare);
     __m512i codes[K::kCodes];
     K::template codes<P>(rows, at, head, codes);
     const __m512i* const code = codes;
-    K::template multiply<P, T, 1>(&code, &h, x, block, sum, acc);
+    K::template multiply<T, 1>(P, &code, &h, x, block, sum, acc);
     few_parts<K, P + 1, T>(rows, at, ahead, head, x, block, sum, acc);
   }
 }
