@@ -272,8 +272,8 @@ struct SearchLine4 {
   static constexpr int kTrials = 6;
 };
 struct SearchLine5 {
-  static constexpr float kFirst = -0.015f, kStep = 0.01f;
-  static constexpr int kTrials = 6;
+  static constexpr float kFirst = -0.02f, kStep = 0.012f;
+  static constexpr int kTrials = 8;
 };
 
 template <int N>

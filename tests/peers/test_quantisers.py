@@ -1,4 +1,4 @@
-"""Our quantisers beside llama.cpp's, on trained weights: opt-in (`make test-peers`). Prints the table of docs/convert.md.
+"""Our quantisers beside llama.cpp's, on trained weights: opt-in (`make test-peers`); -s prints a table.
 
 Error: the root of the sum of squared differences to what the `gguf` package reads back, each column's weighted with its
 importance where there is one. Speed: weights a second of processor time, one thread each.

@@ -56,9 +56,11 @@ class Recipe:
             kind = "Q4_K" if facts.group >= 4 else "Q3_K"
         elif self.name == "Q3_K_M":
             kind = "Q5_K" if layer < 2 else "Q4_K"
-        elif self.name == "Q3_K_L" or (self.name.startswith("IQ4") and facts.group >= 4):
-            kind = "Q5_K"
-        elif self.name == "Q4_K_S" and layer < 4:
+        elif (
+            self.name == "Q3_K_L"
+            or (self.name.startswith("IQ4") and facts.group >= 4)
+            or (self.name == "Q4_K_S" and layer < 4)
+        ):
             kind = "Q5_K"
         elif self.name in {"Q4_K_M", "Q5_K_M"} and _counts_more(layer, facts.layers):
             kind = "Q6_K"
