@@ -114,15 +114,28 @@ inline bool plain(const float* x, BlockQ5_1* b) {
   return true;
 }
 
+// The largest magnitude of n weights, n a multiple of 32.
+inline float largest_magnitude(const float* x, size_t n) {
+  Lanes top{};
+  for (size_t k = 0; k < n; k += kWidth) top = most(top, magnitude(load(x + k)));
+  alignas(64) float lane[kWidth];
+  store(lane, top);
+  float best = 0;
+  for (int j = 0; j < kWidth; ++j) best = lane[j] > best ? lane[j] : best;
+  return best;
+}
+
 inline bool plain(const float* x, BlockQ8_0* b) {
-  const float scale = fabsf(extreme(x, 32)) / 127;
+  const float scale = largest_magnitude(x, 32) / 127;
   const float inv = inverse(scale);
-  for (int k = 0; k < 32; ++k) {  // half away from zero
-    const float a = fabsf(x[k] * inv);
-    const float whole = floorf(a);
-    const float rounded = whole + floorf(2 * (a - whole));
-    b->qs[k] = static_cast<int8_t>(x[k] < 0 ? -rounded : rounded);
+  alignas(64) float code[32];
+  for (int k = 0; k < 32; k += kWidth) {  // half away from zero
+    const Lanes v = load(x + k) * inv, a = magnitude(v), near = round_even(a);
+    const Lanes whole = choose(near > a, near - 1.0f, near);
+    const Lanes rounded = choose(a - whole >= all(0.5f), whole + 1.0f, whole);
+    store(code + k, choose(v < Lanes{}, -rounded, rounded));
   }
+  for (int k = 0; k < 32; ++k) b->qs[k] = static_cast<int8_t>(code[k]);
   b->d = f32_to_f16(scale);
   return fits_f16(b->d);
 }
@@ -364,12 +377,11 @@ size_t fit_row(const float* x, const float* importance, size_t n, void* dst) {
   Batch<N> batch;
   for (size_t at = 0; at < n; at += kWeights) {
     const size_t size = n - at < kWeights ? n - at : kWeights;
-    const size_t worst = largest(x, at, at + size);
-    if (!(fabsf(x[worst]) <= kLargest)) return worst;
+    if (!(largest_magnitude(x + at, size) <= kLargest)) return largest(x, at, at + size);
     batch.fill(x + at, importance != nullptr ? importance + at : nullptr, size / N);
     Choice choice;
     uint8_t code[kWeights];
-    if (!fit(batch, &choice, code, static_cast<const Block*>(nullptr))) return worst;
+    if (!fit(batch, &choice, code, static_cast<const Block*>(nullptr))) return largest(x, at, at + size);
     for (size_t done = 0; done < size; done += kBlock) pack(choice, static_cast<int>(done / N), code + done, out++);
   }
   return n;
@@ -391,7 +403,9 @@ size_t simple_row(const float* x, const float* importance, size_t n, void* dst) 
 }
 
 inline size_t first_not_finite(const float* x, size_t n) {
-  for (size_t k = 0; k < n; ++k) {
+  uint32_t any = 0;
+  for (size_t k = 0; k < n; ++k) any |= is_finite(x[k]) ? 0u : 1u;
+  for (size_t k = 0; any && k < n; ++k) {
     if (!is_finite(x[k])) return k;
   }
   return n;

@@ -24,11 +24,10 @@ from pyengine_convert.encode import Loss
 from pyengine_convert.imatrix import Importance, importance_of, read_imatrix
 from pyengine_convert.keyvalues import KeyValues
 from pyengine_convert.plan import PlannedTensor, Rows, permute_heads
-from pyengine_convert.recipe import Choice, Facts, make_choice
+from pyengine_convert.recipe import QUANTISATION_VERSION, Choice, Facts, Recipe, make_choice
 from pyengine_convert.source import Config, read_json, read_json_if_present, read_text
 from pyengine_convert.vocabulary import read_vocabulary
 
-_QUANTISATION_VERSION = 2  # of the block formats
 # generation_config.json -> general.sampling.*
 _SAMPLING_FLOATS = {"temperature": "temp", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # tables that old checkpoints store and every reader recomputes
@@ -159,8 +158,6 @@ def make_plan(source: Path, type_name: str, options: Options | None = None) -> P
     importance = read_imatrix(options.imatrix) if options.imatrix is not None else {}
     plan = _plan_gguf if source.is_file() else _plan_folder
     keys, tensors, notes = plan(source, choice, importance, options)
-    keys.u32("general.file_type", choice.recipe.file_type)
-    keys.u32("general.quantization_version", _QUANTISATION_VERSION)
     if options.imatrix is not None:
         keys.string("quantize.imatrix.file", options.imatrix.name)
         keys.i32("quantize.imatrix.entries_count", len(importance))
@@ -179,7 +176,7 @@ def _plan_gguf(
     notes: list[str] = []
     known = gguf_source.facts(file, bool(importance))
     tensors = list(gguf_source.plan_tensors(file, choice, known, importance, options.allow_requantize))
-    return gguf_source.copy_keys(file, options.name, notes), tensors, notes
+    return gguf_source.copy_keys(file, choice.recipe, options.name, notes), tensors, notes
 
 
 def _plan_folder(
@@ -198,7 +195,7 @@ def _plan_folder(
     tensors = _plan_tensors(open_checkpoint(source), hyper, choice, importance, notes)
     vocabulary = read_vocabulary(source, config, hyper.vocab, options.pre)
     keys = KeyValues()
-    _write_general(keys, source, hyper, tensors, options.name)
+    _write_general(keys, source, hyper, choice.recipe, tensors, options.name)
     hyper.write(keys)
     vocabulary.write(keys)
     return keys, tensors, [*notes, *vocabulary.notes]
@@ -283,7 +280,7 @@ def _rows_of(vector: npt.NDArray[np.float32]) -> Callable[[int, int], Rows]:
 
 
 def _write_general(
-    keys: KeyValues, source: Path, hyper: Hyper, tensors: Sequence[PlannedTensor], name: str | None
+    keys: KeyValues, source: Path, hyper: Hyper, recipe: Recipe, tensors: Sequence[PlannedTensor], name: str | None
 ) -> None:
     """The ``general.*`` keys."""
     weights = sum(math.prod(t.shape) for t in tensors)
@@ -293,6 +290,8 @@ def _write_general(
     keys.string("general.size_label", size_label(weights, weights, 0, 0))
     if (licence := _licence(source)) is not None:
         keys.string("general.license", licence)
+    keys.u32("general.file_type", recipe.file_type)
+    keys.u32("general.quantization_version", QUANTISATION_VERSION)
     generation = Config(read_json_if_present(source / "generation_config.json"), "generation_config.json")
     if generation.boolean("do_sample", True):  # otherwise the numbers there are not in use
         for key, name_in_gguf in _SAMPLING_FLOATS.items():

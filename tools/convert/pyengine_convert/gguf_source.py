@@ -16,10 +16,9 @@ from pyengine.model import Model
 from pyengine_convert.imatrix import Importance, importance_of
 from pyengine_convert.keyvalues import KeyValues
 from pyengine_convert.plan import PlannedTensor, Rows
-from pyengine_convert.recipe import Choice, Facts
+from pyengine_convert.recipe import QUANTISATION_VERSION, Choice, Facts, Recipe
 
 _FULL = {"F32", "F16", "BF16", "Q8_0"}  # precise enough to be rounded once more
-_REPLACED = {"general.file_type", "general.quantization_version"}
 
 
 def open_source(path: Path) -> GgufFile:
@@ -43,19 +42,32 @@ def _largest(value: object) -> int:
     return int(np.max(np.asarray(value)))
 
 
-def copy_keys(file: GgufFile, name: str | None, notes: list[str]) -> KeyValues:
-    """All keys but those that the new file has its own values for."""
+def copy_keys(file: GgufFile, recipe: Recipe, name: str | None, notes: list[str]) -> KeyValues:
+    """All keys, but for those that the new file has its own values for."""
+    own: dict[str, int | str] = {
+        "general.file_type": recipe.file_type,
+        "general.quantization_version": QUANTISATION_VERSION,
+    }
+    if name is not None:
+        own["general.name"] = name
     keys = KeyValues()
     for key, value in file.metadata.items():
-        if key in _REPLACED or key.startswith(("split.", "quantize.imatrix.")):
+        if key.startswith(("split.", "quantize.imatrix.")):
             continue
-        if key == "general.name" and name is not None:
-            keys.string(key, name)
+        if key in own:
+            _add(keys, key, own.pop(key))
         elif not keys.copy(key, value, *file.metadata.value_type(key)):
             notes.append(f"{key} left out: an empty array")
-    if name is not None and "general.name" not in keys:
-        keys.string("general.name", name)
+    for key, value in own.items():
+        _add(keys, key, value)
     return keys
+
+
+def _add(keys: KeyValues, key: str, value: int | str) -> None:
+    if isinstance(value, str):
+        keys.string(key, value)
+    else:
+        keys.u32(key, value)
 
 
 def plan_tensors(

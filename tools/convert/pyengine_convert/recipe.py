@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pyengine import quant
 from pyengine.errors import InvalidArgument
 
+QUANTISATION_VERSION = 2  # of the block formats: general.quantization_version
+
 
 @dataclass(frozen=True)
 class Facts:
