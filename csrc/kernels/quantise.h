@@ -277,16 +277,20 @@ struct SearchIq4 {
   static constexpr int kTrials = 12;
 };
 struct SearchLine2 {
-  static constexpr float kFirst = -0.1f, kStep = 0.08f;
-  static constexpr int kTrials = 6;
+  static constexpr float kFirst = -0.1f, kStep = 0.12f;
+  static constexpr int kTrials = 5;
 };
 struct SearchLine4 {
-  static constexpr float kFirst = -0.03f, kStep = 0.02f;
-  static constexpr int kTrials = 6;
+  static constexpr float kFirst = -0.04f, kStep = 0.04f;
+  static constexpr int kTrials = 4;
+};
+struct SearchOffset4 {  // for offsets of any sign
+  static constexpr float kFirst = -0.04f, kStep = 0.015f;
+  static constexpr int kTrials = 10;
 };
 struct SearchLine5 {
-  static constexpr float kFirst = -0.02f, kStep = 0.012f;
-  static constexpr int kTrials = 8;
+  static constexpr float kFirst = -0.03f, kStep = 0.025f;
+  static constexpr int kTrials = 5;
 };
 
 template <int N>
@@ -309,7 +313,7 @@ bool fit(const Batch<N>& b, Choice* c, uint8_t* code, const BlockIQ4_NL*) {
 }
 template <int N>
 bool fit(const Batch<N>& b, Choice* c, uint8_t* code, const BlockQ4_1*) {
-  const bool ok = fit_single_line<15, SearchLine4>(b, c);
+  const bool ok = fit_single_line<15, SearchOffset4>(b, c);
   final_codes<Even<0, 15>>(b, *c, code);
   return ok;
 }
