@@ -21,7 +21,11 @@ import pytest
 from gguf.quants import dequantize
 
 from pyengine import quant
+from pyengine.gguf_file import GgufFile
+from pyengine.model import Model
 from pyengine_convert.checkpoint import open_checkpoint
+from pyengine_convert.convert import convert
+from pyengine_convert.recipe import RECIPES
 from tests.support import DATA, needs_data
 
 pytestmark = [pytest.mark.peer, needs_data]
@@ -92,6 +96,40 @@ def measure(lib: ctypes.CDLL, name: str, weighted: bool) -> Row:
         weights += x.size
     worst = int(np.argmax(ratios))
     return Row(ratios, names[worst], weights / times[0] / 1e6, weights / times[1] / 1e6)
+
+
+def quantise_there(source: Path, out: Path, file_type: int) -> None:
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = file_type, 2
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters)) == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_recipe_has_the_types_and_keys_of_their_tool_and_loses_no_more(
+    model: str, recipe: str, tmp_path: Path
+) -> None:
+    """Their file opens here, too: the reader and the model code see it."""
+    full = tmp_path / "full.gguf"
+    convert(DATA / "models" / model, full, "f32")
+    convert(full, tmp_path / "ours.gguf", recipe)
+    quantise_there(full, tmp_path / "theirs.gguf", RECIPES[recipe].file_type)
+    with (
+        GgufFile.open(full) as exact,
+        GgufFile.open(tmp_path / "ours.gguf") as ours,
+        GgufFile.open(tmp_path / "theirs.gguf") as other,
+        Model.open(tmp_path / "theirs.gguf"),
+    ):
+        assert {n: (t.type_name, t.dims) for n, t in ours.tensors.items()} == {
+            n: (t.type_name, t.dims) for n, t in other.tensors.items()
+        }
+        assert {k: str(v) for k, v in ours.metadata.items()} == {k: str(v) for k, v in other.metadata.items()}
+        for name, tensor in ours.tensors.items():
+            x = exact.dequantise(name)
+            mine, theirs = (float(np.linalg.norm(f.dequantise(name) - x)) for f in (ours, other))
+            assert mine <= theirs * (1 + 1e-6), (name, tensor.type_name)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])

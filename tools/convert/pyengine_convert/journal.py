@@ -43,9 +43,11 @@ class Journal:
         self._told = set(list(state.losses)[:-1])  # the last may be incomplete
 
     @classmethod
-    def begin(cls, path: Path, identity: str) -> Journal:
-        path.write_text(json.dumps({"conversion": identity}) + "\n", encoding="utf-8")
-        return cls(path, State())
+    def begin(cls, path: Path, identity: str, state: State) -> Journal:
+        """Goes on with the journal that ``state`` is from; a new one at the beginning of a file."""
+        if not state.offset:
+            path.write_text(json.dumps({"conversion": identity}) + "\n", encoding="utf-8")
+        return cls(path, state)
 
     def checkpoint(self, state: State) -> None:
         """To be called when everything before has been synced."""
@@ -69,11 +71,12 @@ class Journal:
 
 
 def read(path: Path, identity: str) -> State:
-    """The last checkpoint of the conversion ``identity``. Errors: ``FileError`` when there is none, or of another."""
+    """The last checkpoint; the beginning where there is no journal. Errors: ``FileError`` when it is not of the
+    conversion ``identity``."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
-        raise FileError(f"nothing to resume: {path} does not exist", code="nothing_to_resume") from None
+        return State()
     parsed = [json.loads(line) for line in lines]
     if not parsed or parsed[0].get("conversion") != identity:
         raise FileError(

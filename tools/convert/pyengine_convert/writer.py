@@ -86,10 +86,11 @@ def write(
 
     Args:
         split: bytes of tensor data a file may hold; more are written as ``OUT-00001-of-0000N.gguf``.
-        resume: continue what a killed conversion left; and leave it for another ``resume`` on KeyboardInterrupt.
+        resume: continue what a killed conversion left, if anything; and leave it for another ``resume`` on
+            KeyboardInterrupt.
         source: identifies what the tensors are read from.
 
-    Errors: ``FileError`` (exists, no space, the system refused, nothing to resume), whatever reading the tensors
+    Errors: ``FileError`` (exists, no space, the system refused, another one's remains), whatever reading the tensors
     raises, and ``InternalError`` when the file does not read back as meant. After any of them, and after
     KeyboardInterrupt, no file of ours is left under either name - but with ``resume``, after KeyboardInterrupt and
     ``FileError``, what another ``resume`` can go on with.
@@ -108,7 +109,7 @@ def write(
             _check_space(out, sum(t.size + _ALIGNMENT for t in tensors) - state.done)
             if len(volumes) > 1:
                 _folder_name(out).mkdir(exist_ok=True)
-            log = Journal(_journal_name(out), state) if resume else Journal.begin(_journal_name(out), identity)
+            log = Journal.begin(_journal_name(out), identity, state)
             try:
                 _write_volumes(volumes, state, log, threads, progress or (lambda _: None))
             finally:
@@ -182,17 +183,13 @@ def _check_targets(volumes: Sequence[_Volume], force: bool) -> None:
 
 
 def _resume(out: Path, volumes: Sequence[_Volume], identity: str) -> State:
-    """How far the files on the disk have come. Errors: ``FileError``."""
+    """How far the files on the disk have come. Errors: ``FileError`` when they are another conversion's."""
     state = journal.read(_journal_name(out), identity)
-    for volume in volumes[: state.volume + 1]:
+    for number, volume in enumerate(volumes[: state.volume + 1]):
         if len(volumes) > 1 and not volume.path.exists() and volume.final.exists():
             os.replace(volume.final, volume.path)  # killed while the parts got their names
-    for number, volume in enumerate(volumes[: state.volume + 1]):
-        least = state.offset if number == state.volume else 1
-        if least and (not volume.path.exists() or volume.path.stat().st_size < least):
-            raise FileError(
-                f"nothing to resume: {volume.path} is missing or shorter than it was", code="nothing_to_resume"
-            )
+        if not volume.path.exists() or (number == state.volume and volume.path.stat().st_size < state.offset):
+            return State()
     return state
 
 
@@ -244,8 +241,8 @@ def _temporary(out: Path, resume: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         keep = resume
         raise
-    except FileError as error:
-        keep = resume and error.code != "nothing_to_resume"
+    except FileError:
+        keep = resume
         raise
     finally:
         if owned and not keep:
