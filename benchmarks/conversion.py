@@ -23,6 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for the small checkpoints of the tests
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
@@ -115,8 +118,9 @@ def timed(command: list[str]) -> tuple[float, float, int]:
     return time.monotonic() - began, cpu, peak
 
 
-PEER = """
-import ctypes, sys
+PEER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
 from benchmarks.conversion import quantise_there
 quantise_there(*sys.argv[1:])
 """
