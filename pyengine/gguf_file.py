@@ -40,6 +40,12 @@ class Metadata(Mapping[str, Any]):
             self._values[key] = self._file.value(key)
         return self._values[key]
 
+    def value_type(self, key: str) -> tuple[int, int]:
+        """The GGUF type ids of a value and, for an array, of its elements (otherwise the same twice)."""
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._file.value_type(key)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 

@@ -49,13 +49,28 @@ def dequantise(type_name: str, data: npt.NDArray[np.uint8] | bytes, rows: int, c
     return _core.dequantise(find(type_name).type, packed.reshape(-1), rows, cols)
 
 
-def quantise(type_name: str, array: npt.ArrayLike, threads: int = 1) -> npt.NDArray[np.uint8]:
-    """float32 [rows, cols] -> packed uint8 [rows, row_bytes]. NaN or infinity: ``InvalidArgument`` naming the place."""
+def quantise(
+    type_name: str, array: npt.ArrayLike, threads: int = 1, importance: npt.ArrayLike | None = None
+) -> npt.NDArray[np.uint8]:
+    """float32 [rows, cols] -> packed uint8 [rows, row_bytes], with the least squared error.
+
+    Args:
+        threads: how many share the rows. The bytes depend on neither that nor the machine.
+        importance: [cols], what the squared error of each column counts; None: all alike.
+
+    Errors: ``InvalidArgument``, for NaN and infinity naming the place.
+    """
     values = np.ascontiguousarray(array, np.float32)
     if values.ndim != 2:
         raise InvalidArgument(f"the array has {values.ndim} dimensions; expected 2 (rows, cols)", code="bad_shape")
     fmt = find(type_name)
-    return _core.quantise(fmt.type, values, fmt.row_bytes(values.shape[1]), threads)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    if weights is not None and weights.shape != values.shape[1:]:
+        raise InvalidArgument(
+            f"importance has shape {weights.shape}; expected one value for each of {values.shape[1]} columns",
+            code="bad_shape",
+        )
+    return _core.quantise(fmt.type, values, fmt.row_bytes(values.shape[1]), threads, weights)
 
 
 def linear(

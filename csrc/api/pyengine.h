@@ -106,9 +106,12 @@ pe_status pe_format_at(size_t index, pe_format* out);
 pe_status pe_dequantise_rows(int32_t type, const void* src, size_t src_size, size_t rows, size_t cols, float* dst,
                              size_t dst_count);
 
-/* The reverse, rounding as docs/numerics.md says. `n_threads` 0 means 1. PE_E_ARGUMENT, PE_E_UNSUPPORTED. */
-pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, size_t rows, size_t cols, void* dst,
-                           size_t dst_size, uint32_t n_threads);
+/* The reverse: the scales that store the weights with the least squared error, but for Q4_0, Q4_1, Q5_0, Q5_1 without
+ * importance and Q8_0, whose bytes the format's reference defines. `importance` is NULL or [cols], finite and >= 0: what
+ * the squared error of each column counts (an importance matrix's mean square of the activation). The bytes depend on
+ * neither n_threads (0 means 1) nor the machine. PE_E_ARGUMENT, PE_E_UNSUPPORTED. */
+pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, size_t rows, size_t cols,
+                           const float* importance, void* dst, size_t dst_size, uint32_t n_threads);
 
 /* y [n_tokens][rows] = x [n_tokens][cols] * W^T with one tier's kernels: the engine's own linear operation, for tests
  * and benchmarks. W is rows x cols in format `type`. PE_E_ARGUMENT, PE_E_UNSUPPORTED, PE_E_CPU, PE_E_MEMORY. */

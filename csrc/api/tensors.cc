@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "api/last_error.h"
 #include "api/pyengine.h"
@@ -14,7 +15,7 @@
 #include "kernels/kernels.h"
 #include "model/model.h"
 #include "quant/formats.h"
-#include "quant/quantise.h"
+#include "quant/fp16.h"
 #include "runtime/thread_pool.h"
 
 using namespace pe;
@@ -52,6 +53,24 @@ size_t row_bytes_of(Format format, size_t rows, size_t cols, size_t packed_bytes
         Status::kArgument, "bad_shape",
         "the buffers do not fit a " + std::to_string(rows) + " x " + std::to_string(cols) + " matrix of " + info.name);
   return row;
+}
+
+// What the quantisers take: the importance of columns relative to their mean, no column quite without. Empty: all alike.
+std::vector<float> relative_importance(const float* importance, size_t cols) {
+  if (importance == nullptr) return {};
+  double sum = 0;
+  for (size_t k = 0; k < cols; ++k) {
+    if (!(importance[k] >= 0 && is_finite(importance[k])))
+      throw Error(Status::kArgument, "bad_importance",
+                  "the importance of column " + std::to_string(k) + " is NaN, infinite or negative", "importance");
+    sum += static_cast<double>(importance[k]);
+  }
+  if (!(sum > 0)) return {};
+  std::vector<float> relative(cols);
+  const double scale = static_cast<double>(cols) / sum;
+  for (size_t k = 0; k < cols; ++k)
+    relative[k] = static_cast<float>(std::clamp(static_cast<double>(importance[k]) * scale, 1e-5, 1e6));
+  return relative;
 }
 
 Tier tier_of(const char* name) {
@@ -106,9 +125,10 @@ pe_status pe_dequantise_rows(int32_t type, const void* src, size_t src_size, siz
   });
 }
 
-pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, size_t rows, size_t cols, void* dst,
-                           size_t dst_size, uint32_t n_threads) {
+pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, size_t rows, size_t cols,
+                           const float* importance, void* dst, size_t dst_size, uint32_t n_threads) {
   return guarded([&] {
+    Tier tier;
     const Format format = format_of(type);
     if (!can_quantise(format))
       throw Error(Status::kUnsupported, "read_only_format",
@@ -118,12 +138,15 @@ pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, siz
     not_null(out, "dst");
     if (n_threads > kMaxQuantiseThreads) bad_argument("n_threads", "is more than 512");
     const size_t stride = row_bytes_of(format, rows, cols, dst_size, src_count, true);
+    const QuantiseFn quantise_row = active_kernels(&tier).quantise[static_cast<int>(format)];
+    const std::vector<float> weights = relative_importance(importance, cols);
+    const float* row_weights = weights.empty() ? nullptr : weights.data();
     const size_t n_team = std::clamp<size_t>(n_threads, 1, rows);
     std::atomic<uint64_t> bad{UINT64_MAX};  // the first value that cannot be stored
     const auto quantise = [&](Team& team) {
       team.for_each(rows, kQuantiseRows, [&](size_t begin, size_t end) {
         for (size_t r = begin; r < end; ++r) {
-          const size_t ok = quantise_row(format, src + r * cols, cols, out + r * stride);
+          const size_t ok = quantise_row(src + r * cols, row_weights, cols, out + r * stride);
           uint64_t seen = bad.load();
           while (ok != cols && r * cols + ok < seen && !bad.compare_exchange_weak(seen, r * cols + ok)) {
           }

@@ -137,6 +137,13 @@ class File {
     }
     return out;
   }
+  // (type, element type) as GGUF numbers them.
+  std::pair<int, int> value_type(const std::string& key) const {
+    pe_value v;
+    check(pe_file_value(raw(), key.c_str(), &v));
+    return {v.type, v.element_type};
+  }
+
   py::object value(const std::string& key) const {
     pe_value v;
     check(pe_file_value(raw(), key.c_str(), &v));
@@ -441,15 +448,18 @@ FloatArray dequantise(int type, const Bytes& src, size_t rows, size_t cols) {
   return out;
 }
 
-Bytes quantise(int type, const FloatArray& src, size_t row_bytes, uint32_t threads) {
+Bytes quantise(int type, const FloatArray& src, size_t row_bytes, uint32_t threads,
+               const std::optional<FloatArray>& importance) {
   const auto rows = static_cast<size_t>(src.shape(0));
   const auto cols = static_cast<size_t>(src.shape(1));
+  if (importance && static_cast<size_t>(importance->size()) != cols) throw py::value_error("importance");
+  const float* weights = importance ? importance->data() : nullptr;
   Bytes out({rows, row_bytes});
   uint8_t* dst = out.mutable_data();
   pe_status status;
   {
     py::gil_scoped_release unlocked;
-    status = pe_quantise_rows(type, src.data(), rows * cols, rows, cols, dst, rows * row_bytes, threads);
+    status = pe_quantise_rows(type, src.data(), rows * cols, rows, cols, weights, dst, rows * row_bytes, threads);
   }
   check(status);
   return out;
@@ -491,7 +501,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("tier_active", &tier_active);
   m.def("formats", &formats);
   m.def("dequantise", &dequantise, py::arg("type"), py::arg("src"), py::arg("rows"), py::arg("cols"));
-  m.def("quantise", &quantise, py::arg("type"), py::arg("src"), py::arg("row_bytes"), py::arg("threads"));
+  m.def("quantise", &quantise, py::arg("type"), py::arg("src"), py::arg("row_bytes"), py::arg("threads"),
+        py::arg("importance"));
   m.def("linear", &linear, py::arg("tier"), py::arg("type"), py::arg("w"), py::arg("rows"), py::arg("cols"),
         py::arg("x"));
   m.def("top_k", &top_k, py::arg("logits").noconvert(), py::arg("k"));
@@ -506,6 +517,7 @@ PYBIND11_MODULE(_core, m) {
       .def("close", &File::close)
       .def("version", &File::version)
       .def("keys", &File::keys)
+      .def("value_type", &File::value_type, py::arg("key"))
       .def("value", &File::value, py::arg("key"))
       .def("tensors", &File::tensors)
       .def("data", &File::data, py::arg("name"));

@@ -20,6 +20,7 @@ struct Tables {
     scalar_linear(&kernels);
     scalar_ops(&kernels);
     scalar_attention(&kernels);
+    scalar_quantise(&kernels);
     set(Tier::kScalar, kernels);
 #ifdef PE_HAVE_AVX2
     if (cpu_features().avx2) {
@@ -33,6 +34,7 @@ struct Tables {
       avx2_linear_iq(&kernels);
       avx2_ops(&kernels);
       avx2_attention(&kernels);
+      avx2_quantise(&kernels);
       set(Tier::kAvx2, kernels);
     }
 #endif
@@ -41,6 +43,7 @@ struct Tables {
       avx512_linear_q32(&kernels);
       avx512_linear_q256(&kernels);
       avx512_attention(&kernels);
+      avx512_quantise(&kernels);
       set(Tier::kAvx512, kernels);
     }
 #endif

@@ -94,6 +94,11 @@ using LinearFn = void (*)(const LinearArgs&);
 
 using QuantiseActFn = void (*)(const float* x, size_t n, void* row);   // Act::F32: a plain copy
 using DequantiseFn = void (*)(const void* src, size_t n, float* dst);  // one row, n a multiple of the block
+// One row of n finite weights (n a multiple of the block) into bytes_per_row(format, n) bytes at dst. importance: NULL, or
+// for each weight what its squared error counts, in 1e-6 .. 1e6. What is written always decodes to finite values; the
+// rules are in kernels/quantise.h. Returns n; otherwise the index of a weight that cannot be stored - the first that is NaN
+// or infinite, or one so large that its value or its block's scale would overflow in the file - and dst holds nothing of use.
+using QuantiseFn = size_t (*)(const float* x, const float* importance, size_t n, void* dst);
 
 // ---- the rest of a decoder block ----
 
@@ -120,7 +125,7 @@ using ExpFn = void (*)(const float* x, size_t n, float* y);  // the engine's own
 //   F16   rounded to nearest even, overflow to infinity
 //   F32   as they are
 //   Q8_0  BlockQ8_0 of 32 (head_dim: a multiple of 32): amax = max |x|, scale = amax / 127, inv = 1 / scale (0 when that is
-//         infinite), q = x * inv rounded half away from zero, d = scale as fp16: the bytes quant/quantise.h writes. A block
+//         infinite), q = x * inv rounded half away from zero, d = scale as fp16: the bytes kernels/quantise.h writes. A block
 //         with a NaN or an infinity: d NaN, all q 0, so that the damage is seen. Read back as float(d) * q, which is exact.
 enum class Kv : int { F16, F32, Q8_0 };
 inline constexpr int kKvs = 3;
@@ -179,6 +184,7 @@ struct KernelTable {
   size_t
       linear_rows;  // of a matrix, that a call with many tokens wants: so often an activation is used once it is in the cache
   DequantiseFn dequantise[kFormats];
+  QuantiseFn quantise[kFormats];  // NULL where can_quantise says no
   QuantiseActFn quantise_act[kActs];
   RmsNormFn rms_norm;
   RopeFn rope;

@@ -50,6 +50,23 @@ static constexpr bool format_from_type(int64_t type, Format* out) {
   return false;
 }
 
+// False for the formats that are only read: IQ1, IQ2, IQ3, TQ and MXFP4.
+static constexpr bool can_quantise(Format format) {
+  switch (format) {
+    case Format::IQ2_XXS:
+    case Format::IQ2_XS:
+    case Format::IQ2_S:
+    case Format::IQ3_XXS:
+    case Format::IQ3_S:
+    case Format::IQ1_S:
+    case Format::IQ1_M:
+    case Format::TQ1_0:
+    case Format::TQ2_0:
+    case Format::MXFP4: return false;
+    default: return true;
+  }
+}
+
 // Bytes of a row of cols weights; cols is a multiple of the block. The caller has checked that it cannot overflow
 // (cols <= SIZE_MAX / 4 is enough for every format).
 static constexpr size_t bytes_per_row(Format format, size_t cols) {

@@ -174,7 +174,7 @@ def test_a_killed_conversion_publishes_nothing_and_the_next_one_succeeds(source:
             process.stdin.flush()
         assert process.stdout.readline().startswith("wrote")
     assert process.returncode == -signal.SIGKILL
-    assert names(out.parent) == [".m.gguf.part"]  # nobody was left to remove it
+    assert names(out.parent) == [".m.gguf.journal", ".m.gguf.part"]  # nobody was left to remove it
     convert(source, out, "q8_0")
     assert names(out.parent) == ["m.gguf"]
 

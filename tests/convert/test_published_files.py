@@ -58,11 +58,11 @@ def test_tensors_are_byte_equal_to_published_ones_and_keys_agree(
 ) -> None:
     ours, theirs = Readback(converted[name, kind]), Readback(DATA / "gguf" / f"{reference}.gguf")
     assert set(ours.shapes) == set(theirs.shapes)
-    differing_type = {n for n in ours.types if ours.types[n] != theirs.types[n]}
-    assert differing_type == ({"output.weight"} if kind == "q4_0" else set())  # Q8_0 here, Q6_K there
-    for tensor in set(ours.types) - differing_type:
+    assert ours.types == theirs.types
+    for tensor, type_name in ours.types.items():
         assert ours.shapes[tensor] == theirs.shapes[tensor]
-        assert ours.bytes[tensor] == theirs.bytes[tensor], tensor
+        if type_name != "Q6_K":  # whose scales are fitted, better (tests/peers/test_quantisers.py)
+            assert ours.bytes[tensor] == theirs.bytes[tensor], tensor
     assert set(theirs.metadata) <= set(ours.metadata)
     assert set(ours.metadata) - set(theirs.metadata) <= OURS_ONLY
     for key in set(theirs.metadata) - OTHER_VALUE:
@@ -83,7 +83,8 @@ def test_every_type_holds_the_checkpoint_rounded_as_the_format_says(
         for tensor, values in exact.values.items():
             found = packed.types[tensor]
             assert found == expected_type(tensor, values.shape, kind, "output.weight" in exact.types)
-            assert packed.bytes[tensor] == quantize(values, GGMLQuantizationType[found]).tobytes(), (kind, tensor)
+            if found != "Q6_K":  # the gguf package does not write it
+                assert packed.bytes[tensor] == quantize(values, GGMLQuantizationType[found]).tobytes(), (kind, tensor)
 
 
 def expected_type(tensor: str, shape: tuple[int, ...], kind: str, own_head: bool) -> str:
@@ -92,7 +93,7 @@ def expected_type(tensor: str, shape: tuple[int, ...], kind: str, own_head: bool
     if kind in ("q8_0", "q4_0") and shape[-1] % 32:
         return "F16"
     if kind == "q4_0" and tensor == ("output.weight" if own_head else "token_embd.weight"):
-        return "Q8_0"
+        return "Q6_K" if shape[-1] % 256 == 0 else "Q8_0"
     return kind.upper()
 
 

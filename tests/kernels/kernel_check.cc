@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -23,7 +24,6 @@
 
 #include "kernels/kernels.h"
 #include "quant/fp16.h"
-#include "quant/quantise.h"
 #include "speed.h"
 
 namespace {
@@ -103,6 +103,10 @@ void set_scales(Rng& rng, Format format, std::normal_distribution<float>& normal
   }
 }
 
+size_t quantise(Tier tier, Format format, const std::vector<float>& row, const float* importance, uint8_t* dst) {
+  return kernels_for(tier)->quantise[static_cast<int>(format)](row.data(), importance, row.size(), dst);
+}
+
 // ---- inputs ----
 
 enum class Weights { kOrdinary, kHostile, kSane, kExtreme, kCount };
@@ -122,7 +126,7 @@ void fill_weights(Rng& rng, Weights kind, Format format, size_t cols, size_t str
     uint8_t* at = w->data() + r * stride;
     if (kind == Weights::kOrdinary && can_quantise(format)) {
       for (float& x : row) x = 0.02f * normal(rng);
-      if (quantise_row(format, row.data(), cols, at) != cols) std::abort();
+      if (quantise(Tier::kScalar, format, row, nullptr, at) != cols) std::abort();
     } else if (kind != Weights::kHostile) {
       for (size_t b = 0; b < cols / info.block; ++b) set_scales(rng, format, normal, at + b * info.bytes);
     }
@@ -191,6 +195,39 @@ void check_dequantise(const KernelTable& want, const KernelTable& got, Format fo
   }
 }
 
+// A row as weights may be: ordinary, with outliers, tiny, of many magnitudes, constant, one-sided.
+std::vector<float> row_to_quantise(Rng& rng, size_t cols) {
+  std::normal_distribution<float> normal;
+  std::vector<float> x(cols);
+  const size_t pattern = below(rng, 8);
+  const float size = std::exp2(static_cast<float>(below(rng, 60)) - 50);
+  for (float& v : x) {
+    const float n = normal(rng);
+    v = pattern == 0   ? 1e-42f * n
+        : pattern == 1 ? n * std::exp2(static_cast<float>(below(rng, 100)) - 90)
+        : pattern == 2 ? size
+        : pattern == 3 ? -size * std::fabs(n)
+        : pattern == 4 ? below(rng, 20) == 0 ? 50 * size * n : size * n
+        : pattern == 5 ? (below(rng, 3) ? 0.0f : size * n)
+                       : size * n;
+  }
+  return x;
+}
+
+void check_quantise(Rng& rng, Tier tier, Format format, size_t cols, const std::string& what, Report* report) {
+  const std::vector<float> x = row_to_quantise(rng, cols);
+  std::vector<float> importance(cols);
+  for (float& w : importance) w = std::exp(static_cast<float>(below(rng, 2000)) / 100 - 10);
+  for (const float* w : {static_cast<const float*>(nullptr), static_cast<const float*>(importance.data())}) {
+    std::vector<uint8_t> expected(bytes_per_row(format, cols)), actual(expected);
+    const size_t want = quantise(Tier::kScalar, format, x, w, expected.data());
+    const size_t got = quantise(tier, format, x, w, actual.data());
+    ++report->checks;
+    if (want != got || (want == cols && expected != actual))
+      report->fail(what + (w ? " quantise, weighted" : " quantise"));
+  }
+}
+
 void check_shape(Rng& rng, Tier tier, Format format, size_t shape, Report* report) {
   const KernelTable& want = *kernels_for(Tier::kScalar);
   const KernelTable& got = *kernels_for(tier);
@@ -208,6 +245,7 @@ void check_shape(Rng& rng, Tier tier, Format format, size_t shape, Report* repor
   Guarded w((rows - 1) * stride + bytes_per_row(format, cols));
   fill_weights(rng, kind, format, cols, stride, &w);
   check_dequantise(want, got, format, w.data(), cols, what, report);
+  if (can_quantise(format)) check_quantise(rng, tier, format, cols, what, report);
 
   const size_t x_stride = act_layout(info.act, cols).bytes;
   Guarded x(tokens * x_stride);
@@ -247,7 +285,7 @@ void bench(Tier tier, Format format, size_t threads) {
   std::normal_distribution<float> normal;
   for (float& v : row) v = 0.02f * normal(rng);
   if (can_quantise(format)) {
-    quantise_row(format, row.data(), cols, w.data());
+    quantise(Tier::kScalar, format, row, nullptr, w.data());
   } else {
     for (size_t i = 0; i < row_bytes; ++i) w[i] = static_cast<uint8_t>(rng());
     for (size_t b = 0; b < cols / info.block; ++b) set_scales(rng, format, normal, w.data() + b * info.bytes);

@@ -15,7 +15,6 @@
 #include "bits.h"
 #include "kernels/kernels.h"
 #include "model/angles.h"
-#include "quant/quantise.h"
 #include "runtime/thread_pool.h"
 
 namespace {
@@ -235,7 +234,8 @@ void check_store_q8_0(const KernelTable& k) {
           const std::vector<uint8_t> got = run_store_q8_0(k, block);
           std::vector<uint8_t> expected(sizeof(BlockQ8_0));
           if (std::all_of(block.begin(), block.end(), is_finite)) {
-            quantise_row(Format::Q8_0, block.data(), 32, expected.data());
+            kernels_for(Tier::kScalar)
+                ->quantise[static_cast<int>(Format::Q8_0)](block.data(), nullptr, 32, expected.data());
           } else {
             expected[0] = 0x00, expected[1] = 0x7e;
           }

@@ -16,6 +16,7 @@ import pytest
 
 import pyengine
 from pyengine_convert.convert import convert
+from pyengine_convert.recipe import RECIPES
 from tests.convert.checkpoints import STORIES
 from tests.support import DATA, needs_data
 
@@ -99,7 +100,7 @@ def test_logits_agree_as_closely_as_two_roundings_allow(name: str) -> None:
     assert top1 >= 0.97
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", [recipe.lower() for recipe in RECIPES])
 @pytest.mark.parametrize("name", STORIES)
 def test_files_of_our_converter_load_there_and_mean_the_same(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}-{kind}.gguf"

@@ -175,6 +175,80 @@ def test_the_error_follows_the_scale_of_the_weights(name: str) -> None:
     assert error[1] == pytest.approx(error[0], rel=0.01)
 
 
+def importance_of(cols: int, seed: int = 21) -> Floats:
+    """Of columns: most alike, some a thousand times the rest, some without any."""
+    rng = np.random.default_rng(seed)
+    importance = np.exp(rng.standard_normal(cols) * 1.5)
+    importance[:: cols // 8] *= 1000
+    importance[3 :: cols // 8] = 0
+    return importance.astype(np.float32)
+
+
+def weighted_error(name: str, x: Floats, importance: Floats, packed: Bytes) -> float:
+    restored = peer_dequantise(name, packed).reshape(x.shape)
+    return float(np.sqrt((importance * (restored.astype(np.float64) - x) ** 2).sum()))
+
+
+@pytest.mark.parametrize("name", [f for f in BLOCKS if f != "Q8_0"])
+def test_an_importance_lowers_the_error_where_it_counts(name: str) -> None:
+    x, importance = gaussian(40, 1024, seed=8), importance_of(1024)
+    without = weighted_error(name, x, importance, quant.quantise(name, x))
+    assert weighted_error(name, x, importance, quant.quantise(name, x, importance=importance)) < 0.97 * without
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_only_the_proportions_of_an_importance_count(name: str) -> None:
+    x, importance = gaussian(8, 512, seed=9), importance_of(512)
+    assert np.array_equal(quant.quantise(name, x), quant.quantise(name, x, importance=np.full(512, 7e-9)))
+    assert np.array_equal(quant.quantise(name, x), quant.quantise(name, x, importance=np.zeros(512)))
+    small = quant.quantise(name, x, importance=importance)
+    assert np.array_equal(small, quant.quantise(name, x, importance=importance * np.float32(2**-40)))
+
+
+def test_exact_types_do_not_depend_on_importance() -> None:
+    x = gaussian(4, 512)
+    for name in ("F32", "F16", "BF16", "Q8_0"):
+        assert np.array_equal(quant.quantise(name, x), quant.quantise(name, x, importance=importance_of(512)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_an_importance_that_is_no_weight_is_refused(bad: float) -> None:
+    importance = importance_of(512)
+    importance[17] = bad
+    with pytest.raises(InvalidArgument, match="column 17"):
+        quant.quantise("Q4_K", gaussian(2, 512), importance=importance)
+    with pytest.raises(InvalidArgument, match="512 columns"):
+        quant.quantise("Q4_K", gaussian(2, 512), importance=importance[:256])
+
+
+def scanned(blocks: Floats, importance: Floats, levels: Floats, ends: Floats) -> npt.NDArray[np.float64]:
+    """The least weighted error of each block over a dense scan: the largest weight given each of `ends`."""
+    x, w = blocks.astype(np.float64), importance.astype(np.float64)
+    best = (w * x * x).sum(1)
+    middles = (levels[1:] + levels[:-1]) / 2
+    top = np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1)
+    for end in ends:
+        step = top / end
+        for _ in range(3):
+            q = levels[np.searchsorted(middles, x / step)]
+            best = np.minimum(best, (w * (x - step * q) ** 2).sum(1))
+            step = (w * x * q).sum(1, keepdims=True) / (w * q * q).sum(1, keepdims=True)
+    return best
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("Q4_0", -8, 7), ("Q5_0", -16, 15), ("IQ4_NL", 0, 0)])
+def test_the_fit_of_one_scale_is_that_of_a_dense_scan(name: str, low: int, high: int) -> None:
+    x, importance = gaussian(300, 32, seed=14), np.exp(gaussian(1, 32, seed=15)[0])
+    levels = np.arange(low, high + 1.0)
+    if name == "IQ4_NL":  # the format's values, as the gguf package has them
+        levels = np.array(gguf.quants.IQ4_NL.kvalues, np.float64)
+    ends = np.concatenate([np.linspace(1.2 * levels[0], 0.5 * levels[0], 400), np.linspace(0.5, 1.2, 400) * levels[-1]])
+    packed = quant.quantise(name, x, importance=importance)
+    restored = peer_dequantise(name, packed).reshape(x.shape)
+    ours = (importance * (restored.astype(np.float64) - x) ** 2).sum()
+    assert ours < 1.03 * scanned(x, np.broadcast_to(importance, x.shape), levels, ends).sum()
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_written_decodes_to_finite_values(name: str) -> None:
     rng = np.random.default_rng(11)
@@ -205,6 +279,8 @@ def test_a_weight_too_large_for_the_format_is_refused(name: str) -> None:
 def test_threads_do_not_change_a_byte(name: str) -> None:
     x = assorted(37, 512)
     assert np.array_equal(quant.quantise(name, x, threads=1), quant.quantise(name, x, threads=3))
+    w = importance_of(512)
+    assert np.array_equal(quant.quantise(name, x, 1, importance=w), quant.quantise(name, x, 3, importance=w))
 
 
 @pytest.mark.parametrize("name", BLOCKS)

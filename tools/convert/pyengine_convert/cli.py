@@ -9,15 +9,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pyengine.errors import EngineError, InvalidArgument
+
+if TYPE_CHECKING:
+    from pyengine_convert.convert import Report
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "inspect":
+        from pyengine_convert import inspect  # reads only: works without the extra packages
+
+        return inspect.main(arguments[1:])
     args = _parser().parse_args(arguments)
     try:
         from pyengine_convert import convert  # after parsing: --help works without the extra packages
@@ -26,6 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _say(f"the package {error.name} is missing: pip install 'pyengine[convert]'", EXIT_FAILED)
     signal.signal(signal.SIGTERM, _interrupt)
+    options = convert.Options(
+        name=args.name,
+        pre=args.pre,
+        tensor_types=args.tensor_type,
+        output_type=args.output_type,
+        embedding_type=args.token_embedding_type,
+        pure=args.pure,
+        imatrix=args.imatrix,
+        allow_requantize=args.allow_requantize,
+    )
     try:
         report = convert.convert(
             args.source,
@@ -33,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.type,
             threads=args.threads or usable_cores(),
             force=args.force,
-            name=args.name,
-            pre=args.pre,
+            options=options,
+            split=args.split_size,
+            resume=args.resume,
             on_plan=lambda plan: bar.start(plan.size),
             progress=bar.advance,
         )
@@ -43,9 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EngineError as error:
         return _say(f"error: {error}", EXIT_FAILED, bar)
     except KeyboardInterrupt:
-        return _say("interrupted: nothing was written", EXIT_INTERRUPTED, bar)
+        left = "--resume goes on from here" if args.resume else "nothing was written"
+        return _say(f"interrupted: {left}", EXIT_INTERRUPTED, bar)
     bar.close()
-    if args.verbose:
+    if args.table or args.verbose:
         _print_table(report)
     _print_summary(report)
     return 0
@@ -53,19 +73,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pyengine-convert", description="Convert a Hugging Face checkpoint (llama, qwen2, qwen3) to a GGUF file."
+        prog="pyengine-convert",
+        description="Convert a Hugging Face checkpoint (llama, qwen2, qwen3) or a GGUF file to a GGUF file.",
+        epilog="pyengine-convert inspect FILE.gguf prints what a file holds.",
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder with config.json, safetensors and a tokenizer")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.gguf", help="the file to write")
-    parser.add_argument(
-        "--type", default="q8_0", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), help="weight type (default: q8_0)"
-    )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="default: one per usable core")
-    parser.add_argument("--force", action="store_true", help="replace OUT.gguf when it exists")
-    parser.add_argument("--name", help="general.name (default: the folder's name)")
-    parser.add_argument("--pre", metavar="NAME", help="pre-tokenizer family, where it is not recognised")
-    parser.add_argument("--verbose", action="store_true", help="print a line for every tensor")
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="folder with config.json, safetensors and a tokenizer; or a GGUF file")
+    add("-o", "--out", type=Path, required=True, metavar="OUT.gguf", help="the file to write")
+    add("--type", default="q8_0", metavar="TYPE", help="f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q5_1 q5_0 q4_k_m q4_k_s "
+        "q4_1 q4_0 iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k (default: q8_0)")  # fmt: skip
+    add("--tensor-type", type=_override, action="append", default=[], metavar="PATTERN=TYPE",
+        help="another type for matrices whose name holds the regular expression; may be repeated, the first match "
+        "decides")  # fmt: skip
+    add("--output-type", metavar="TYPE", help="type of the matrix that makes the logits")
+    add("--token-embedding-type", metavar="TYPE", help="type of the embedding")
+    add("--pure", action="store_true", help="one type for all matrices")
+    add("--imatrix", type=Path, metavar="FILE", help="importance matrix: what the error of each column counts")
+    add("--allow-requantize", action="store_true", help="round again what is quantised below 8 bits already")
+    add("--split-size", type=_size, metavar="N[M|G]", help="several files of at most so many bytes of tensors")
+    add("--resume", action="store_true", help="go on where a killed conversion stopped")
+    add("--threads", type=_positive, metavar="N", help="default: one per usable core")
+    add("--force", action="store_true", help="replace OUT.gguf when it exists")
+    add("--name", help="general.name (default: the folder's name; of a GGUF file: its own)")
+    add("--pre", metavar="NAME", help="pre-tokenizer family, where it is not recognised")
+    add("--table", action="store_true", help="print a line for every tensor: from, to, error, size")
+    add("--verbose", action="store_true", help="the same")
     return parser
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, equals, kind = text.rpartition("=")
+    if not equals or not pattern or not kind:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TYPE")
+    return pattern, kind
+
+
+def _size(text: str) -> int:
+    """Bytes: 300M and 2G count in thousands, as disks do."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    factors = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+    if not number.isdecimal() or unit not in factors or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size like 500M or 2G")
+    return int(number) * factors[unit]
 
 
 def _positive(text: str) -> int:
@@ -115,29 +164,35 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def _print_table(report: object) -> None:
-    from pyengine_convert.convert import Report
-
-    assert isinstance(report, Report)
-    print(f"{'tensor':<32} {'shape':<16} {'type':<6} {'bytes':>12}  from", file=sys.stderr)
+def _print_table(report: Report) -> None:
+    print(
+        f"{'tensor':<32} {'shape':<16} {'from':<6} {'to':<6} {'RMSE':>9} {'of RMS':>7} {'bytes':>12}", file=sys.stderr
+    )
     for t in report.tensors:
-        shape = " x ".join(map(str, t.shape))
-        note = f"  ({t.note})" if t.note else ""
-        print(f"{t.name:<32} {shape:<16} {t.type:<6} {t.size:>12}  {printable(t.source)}{note}", file=sys.stderr)
+        shape, lost = " x ".join(map(str, t.shape)), report.losses[t.name]
+        origin = t.source.rpartition(" ")[2]
+        note = f"  {t.note}" if t.note else ""
+        print(
+            f"{printable(t.name):<32} {shape:<16} {printable(origin):<6} {t.type:<6} {lost.rmse:>9.3g} "
+            f"{lost.relative:>6.2%} {t.size:>12}{note}",
+            file=sys.stderr,
+        )
 
 
-def _print_summary(report: object) -> None:
-    from pyengine_convert.convert import Report
-
-    assert isinstance(report, Report)
+def _print_summary(report: Report) -> None:
     fallen = [t for t in report.tensors if t.note.startswith("rows of")]
-    if fallen:
-        print(f"note: {len(fallen)} tensors kept in F16, e.g. {fallen[0].name}: {fallen[0].note}", file=sys.stderr)
+    for kind in sorted({t.type for t in fallen}):
+        these = [t for t in fallen if t.type == kind]
+        count = f"{len(these)} tensor{'s' if len(these) > 1 else ''}"
+        print(f"note: {count} kept in {kind}, e.g. {these[0].name}: {these[0].note}", file=sys.stderr)
     for note in report.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
+    files = f" and {len(report.paths) - 1} more" if len(report.paths) > 1 else ""
+    worst = report.worst
+    lost = f", largest loss {report.losses[worst.name].relative:.2%} in {printable(worst.name)}" if worst else ""
     print(
-        f"{printable(str(report.path))}: {report.size / 1e6:.1f} MB, {report.weights / 1e6:.2f} M weights, "
-        f"{report.bits_per_weight:.2f} bits each, {report.seconds:.1f} s",
+        f"{printable(str(report.path))}{files}: {report.size / 1e6:.1f} MB, {report.weights / 1e6:.2f} M weights, "
+        f"{report.bits_per_weight:.2f} bits each, {report.seconds:.1f} s{lost}",
         file=sys.stderr,
     )
 

@@ -1,7 +1,8 @@
-"""A Hugging Face folder -> a GGUF file: the one function behind the command."""
+"""A Hugging Face folder or a GGUF file -> a GGUF file: the one function behind the command."""
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 import time
@@ -16,16 +17,17 @@ from gguf import size_label
 
 from pyengine.errors import FileError, FormatError, InvalidArgument, UnsupportedError
 from pyengine.tokenizer import PRE_TOKENIZERS
-from pyengine_convert import writer
+from pyengine_convert import gguf_source, writer
 from pyengine_convert.architectures import Hyper, Tensor, check_shape, read_hyper
 from pyengine_convert.checkpoint import ITEM_BYTES, SourceTensor, open_checkpoint
+from pyengine_convert.encode import Loss
+from pyengine_convert.imatrix import Importance, importance_of, read_imatrix
 from pyengine_convert.keyvalues import KeyValues
 from pyengine_convert.plan import PlannedTensor, Rows, permute_heads
-from pyengine_convert.recipe import RECIPES, Recipe
+from pyengine_convert.recipe import QUANTISATION_VERSION, Choice, Facts, Recipe, make_choice
 from pyengine_convert.source import Config, read_json, read_json_if_present, read_text
 from pyengine_convert.vocabulary import read_vocabulary
 
-_QUANTISATION_VERSION = 2  # of the block formats
 # generation_config.json -> general.sampling.*
 _SAMPLING_FLOATS = {"temperature": "temp", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # tables that old checkpoints store and every reader recomputes
@@ -35,17 +37,29 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # tables that old checkpoint
 class Report:
     """What was written: ``size`` in bytes, ``weights`` counted, wall-clock ``seconds``; notes for a careful user."""
 
-    path: Path
+    paths: Sequence[Path]
     size: int
     weights: int
     seconds: float
     tensors: Sequence[PlannedTensor]
+    losses: Mapping[str, Loss]
     notes: Sequence[str]
+
+    @property
+    def path(self) -> Path:
+        """The file to open: the first of a split one."""
+        return self.paths[0]
 
     @property
     def bits_per_weight(self) -> float:
         """Of the whole file, metadata included."""
         return self.size * 8 / self.weights
+
+    @property
+    def worst(self) -> PlannedTensor | None:
+        """The tensor that lost most, relative to its weights; None where nothing was lost."""
+        worst = max(self.tensors, key=lambda t: self.losses[t.name].relative)
+        return worst if self.losses[worst.name].error else None
 
 
 @dataclass(frozen=True)
@@ -55,11 +69,36 @@ class Plan:
     keys: KeyValues
     tensors: Sequence[PlannedTensor]
     notes: Sequence[str]
+    source: str  # identifies the files that are read, for --resume
 
     @property
     def size(self) -> int:
         """Bytes of tensor data."""
         return sum(t.size for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is written, beside the type.
+
+    Attributes:
+        name: ``general.name``; by default the folder's name, or what the GGUF file says.
+        pre: ``tokenizer.ggml.pre`` instead of recognising it.
+        tensor_types: (regular expression, type): matrices whose names it is found in; the first that matches decides.
+        output_type, embedding_type: of the matrix that makes the logits, of the embedding.
+        pure: every matrix gets the same type.
+        imatrix: an importance matrix (imatrix.py).
+        allow_requantize: round again what a GGUF file already holds with less than 8 bits.
+    """
+
+    name: str | None = None
+    pre: str | None = None
+    tensor_types: Sequence[tuple[str, str]] = ()
+    output_type: str | None = None
+    embedding_type: str | None = None
+    pure: bool = False
+    imatrix: Path | None = None
+    allow_requantize: bool = False
 
 
 def convert(
@@ -69,63 +108,120 @@ def convert(
     *,
     threads: int = 1,
     force: bool = False,
-    name: str | None = None,
-    pre: str | None = None,
+    options: Options | None = None,
+    split: int | None = None,
+    resume: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     progress: writer.Progress | None = None,
 ) -> Report:
-    """Converts the checkpoint in ``source`` (docs/convert.md says what it may hold) to ``out``.
+    """Converts ``source``, a checkpoint's folder or a GGUF file (docs/convert.md), to ``out``.
 
     Args:
-        type_name: a key of ``RECIPES``: f32, f16, bf16, q8_0, q4_0.
+        type_name: a key of ``recipe.RECIPES`` in any case: f16, q8_0, q4_k_m, ...
         threads: how many read and encode. The bytes of the file do not depend on it.
         force: replace an existing file.
-        name: ``general.name``; the folder's name by default.
-        pre: ``tokenizer.ggml.pre`` instead of recognising it.
+        split, resume: as :func:`writer.write` says.
         on_plan: called once, before writing; progress: called with bytes written.
 
     Errors: ``FileError``, ``FormatError``, ``UnsupportedError``, ``NumericError``, ``InvalidArgument``.
     """
     began = time.monotonic()
-    plan = make_plan(source, type_name, name=name, pre=pre)
+    plan = make_plan(source, type_name, options)
+    if out.exists() and any(out.samefile(path) for path in _files(source)):
+        raise FileError(f"{out} is the source", code="is_source")
     if on_plan is not None:
         on_plan(plan)
-    size = writer.write(out, plan.keys, plan.tensors, threads=threads, force=force, progress=progress)
+    written = writer.write(
+        out,
+        plan.keys,
+        plan.tensors,
+        threads=threads,
+        force=force,
+        progress=progress,
+        split=split,
+        resume=resume,
+        source=plan.source,
+    )
     weights = sum(math.prod(t.shape) for t in plan.tensors)
-    return Report(out, size, weights, time.monotonic() - began, plan.tensors, plan.notes)
+    seconds = time.monotonic() - began
+    return Report(written.paths, written.size, weights, seconds, plan.tensors, written.losses, plan.notes)
 
 
-def make_plan(source: Path, type_name: str, *, name: str | None = None, pre: str | None = None) -> Plan:
+def make_plan(source: Path, type_name: str, options: Options | None = None) -> Plan:
     """Reads the small files and the tables of the large ones, and decides everything. Errors: as :func:`convert`."""
-    if type_name not in RECIPES:
-        raise InvalidArgument(f"unknown type {type_name!r}; known are {', '.join(RECIPES)}", code="unknown_type")
-    if pre is not None and pre not in PRE_TOKENIZERS:
+    options = options or Options()
+    choice = make_choice(type_name, options.tensor_types, options.output_type, options.embedding_type, options.pure)
+    if options.pre is not None and options.pre not in PRE_TOKENIZERS:
         raise InvalidArgument(
-            f"unknown pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}", code="unknown_pretokenizer"
+            f"unknown pre-tokenizer {options.pre!r}; known are {', '.join(PRE_TOKENIZERS)}", code="unknown_pretokenizer"
         )
+    importance = read_imatrix(options.imatrix) if options.imatrix is not None else {}
+    plan = _plan_gguf if source.is_file() else _plan_folder
+    keys, tensors, notes = plan(source, choice, importance, options)
+    if options.imatrix is not None:
+        keys.string("quantize.imatrix.file", options.imatrix.name)
+        keys.i32("quantize.imatrix.entries_count", len(importance))
+        without = [t.name for t in tensors if t.importance is None and t.type not in {"F32", "F16", "BF16", "Q8_0"}]
+        if without:
+            notes.append(f"{len(without)} quantised tensors have no importance, e.g. {without[0]}")
+    return Plan(keys, tensors, notes, "\n".join(map(_identity, _files(source))))
+
+
+def _plan_gguf(
+    source: Path, choice: Choice, importance: Importance, options: Options
+) -> tuple[KeyValues, list[PlannedTensor], list[str]]:
+    if options.pre is not None:
+        raise InvalidArgument("--pre is for checkpoints; a GGUF file names its pre-tokenizer", code="pre_with_gguf")
+    file = gguf_source.open_source(source)
+    notes: list[str] = []
+    known = gguf_source.facts(file, bool(importance))
+    tensors = list(gguf_source.plan_tensors(file, choice, known, importance, options.allow_requantize))
+    return gguf_source.copy_keys(file, choice.recipe, options.name, notes), tensors, notes
+
+
+def _plan_folder(
+    source: Path, choice: Choice, importance: Importance, options: Options
+) -> tuple[KeyValues, list[PlannedTensor], list[str]]:
     if not source.is_dir():
-        what = "is a file" if source.exists() else "does not exist"
-        raise FileError(f"{source} {what}; expected a folder with config.json and safetensors", code="no_folder")
+        raise FileError(
+            f"{source} does not exist; expected a folder with config.json and safetensors, or a GGUF file",
+            code="no_source",
+        )
     if not (source / "config.json").exists():
         raise FileError(f"{source} has no config.json: it is no Hugging Face checkpoint", code="no_config")
     config = Config(read_json(source / "config.json"), "config.json")
     hyper = read_hyper(config)
     notes: list[str] = []
-    tensors = _plan_tensors(open_checkpoint(source), hyper, RECIPES[type_name], notes)
-    vocabulary = read_vocabulary(source, config, hyper.vocab, pre)
+    tensors = _plan_tensors(open_checkpoint(source), hyper, choice, importance, notes)
+    vocabulary = read_vocabulary(source, config, hyper.vocab, options.pre)
     keys = KeyValues()
-    _write_general(keys, source, hyper, RECIPES[type_name], tensors, name)
+    _write_general(keys, source, hyper, choice.recipe, tensors, options.name)
     hyper.write(keys)
     vocabulary.write(keys)
-    return Plan(keys, tensors, [*notes, *vocabulary.notes])
+    return keys, tensors, [*notes, *vocabulary.notes]
+
+
+def _files(source: Path) -> list[Path]:
+    """What is read: every file of a folder, a GGUF file with its other parts."""
+    if source.is_dir():
+        return sorted(path for path in source.iterdir() if path.is_file())
+    first = re.fullmatch(r"(.*-)00001(-of-[0-9]{5}[.]gguf)", source.name)
+    others = source.parent.glob(f"{glob.escape(first[1])}[0-9][0-9][0-9][0-9][0-9]{first[2]}") if first else []
+    return sorted({source, *others})
+
+
+def _identity(path: Path) -> str:
+    seen = path.stat()
+    return f"{path.name} {seen.st_size} {seen.st_mtime_ns}"
 
 
 def _plan_tensors(
-    found: Mapping[str, SourceTensor], hyper: Hyper, recipe: Recipe, notes: list[str]
+    found: Mapping[str, SourceTensor], hyper: Hyper, choice: Choice, importance: Importance, notes: list[str]
 ) -> list[PlannedTensor]:
     table = list(hyper.arch.tensors(hyper))
     _check_names(found, table, hyper, notes)
-    planned = [_plan_tensor(found[line.hf], line, hyper, recipe) for line in table]
+    facts = Facts(hyper.arch.name, hyper.layers, hyper.heads // hyper.kv_heads, hyper.tied, bool(importance))
+    planned = [_plan_tensor(found[line.hf], line, hyper, choice, facts, importance) for line in table]
     factors = hyper.rope.factors(hyper.head_dim)
     if factors is not None:
         planned.append(PlannedTensor("rope_freqs.weight", factors.shape, "F32", _rows_of(factors), source="computed"))
@@ -151,7 +247,9 @@ def _check_names(found: Mapping[str, SourceTensor], table: Sequence[Tensor], hyp
         )
 
 
-def _plan_tensor(source: SourceTensor, line: Tensor, hyper: Hyper, recipe: Recipe) -> PlannedTensor:
+def _plan_tensor(
+    source: SourceTensor, line: Tensor, hyper: Hyper, choice: Choice, facts: Facts, importance: Importance
+) -> PlannedTensor:
     if source.dtype not in ITEM_BYTES:
         raise UnsupportedError(
             f"{source.name} has dtype {source.dtype}; expected F32, F16 or BF16",
@@ -159,13 +257,14 @@ def _plan_tensor(source: SourceTensor, line: Tensor, hyper: Hyper, recipe: Recip
             field=source.name,
         )
     check_shape(line, source.shape, hyper)
-    kind, note = recipe.choose(line.gguf, source.shape, hyper.tied)
+    kind, note = choice.of(line.gguf, source.shape, facts)
+    weights = importance_of(importance, line.gguf, source.shape)
     origin = f"{source.name} {source.dtype}"
     if not line.heads or len(source.shape) < 2:
         read = source.read_rows if not line.heads else _rows_of(_permuted_bias(source, hyper.head_dim))
-        return PlannedTensor(line.gguf, source.shape, kind, read, source=origin, note=note)
+        return PlannedTensor(line.gguf, source.shape, kind, read, source=origin, note=note, importance=weights)
     read = partial(_read_permuted, source, hyper.head_dim)
-    return PlannedTensor(line.gguf, source.shape, kind, read, row_unit=hyper.head_dim, source=origin, note=note)
+    return PlannedTensor(line.gguf, source.shape, kind, read, hyper.head_dim, origin, note, weights)
 
 
 def _read_permuted(source: SourceTensor, head_dim: int, start: int, count: int) -> Rows:
@@ -192,7 +291,7 @@ def _write_general(
     if (licence := _licence(source)) is not None:
         keys.string("general.license", licence)
     keys.u32("general.file_type", recipe.file_type)
-    keys.u32("general.quantization_version", _QUANTISATION_VERSION)
+    keys.u32("general.quantization_version", QUANTISATION_VERSION)
     generation = Config(read_json_if_present(source / "generation_config.json"), "generation_config.json")
     if generation.boolean("do_sample", True):  # otherwise the numbers there are not in use
         for key, name_in_gguf in _SAMPLING_FLOATS.items():

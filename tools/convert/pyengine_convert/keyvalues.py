@@ -49,6 +49,25 @@ class KeyValues:
     def f32s(self, key: str, values: Sequence[float]) -> None:
         self._array(key, values, Type.FLOAT32)
 
+    def copy(self, key: str, value: Any, kind: int, element: int) -> bool:
+        """A value as another file has it: GGUF type ids of it and of its elements. False for an empty array, which is
+        left out."""
+        if Type(kind) == Type.ARRAY:
+            values = value.tolist() if hasattr(value, "tolist") else list(value)
+            if values:
+                self._add(key, Value(values, Type.ARRAY, Type(element)))
+            return bool(values)
+        self._add(key, Value(value, Type(kind)))
+        return True
+
+    def clone(self) -> KeyValues:
+        other = KeyValues()
+        other._values = dict(self._values)
+        return other
+
+    def u16(self, key: str, value: int) -> None:
+        self._add(key, Value(value, Type.UINT16))
+
     def _array(self, key: str, values: Sequence[Any], element: Type) -> None:
         if values:  # GGUF has no use for an empty array, and some readers refuse one
             self._add(key, Value(list(values), Type.ARRAY, element))

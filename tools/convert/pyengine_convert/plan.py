@@ -13,6 +13,7 @@ from pyengine import quant
 
 Rows = npt.NDArray[np.float32]
 ReadRows = Callable[[int, int], Rows]  # (first row, count) -> float32 [count, cols]
+ReadPacked = Callable[[int, int], npt.NDArray[np.uint8]]  # the same rows as they lie in the source
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class PlannedTensor:
         row_unit: reads begin and end at multiples of it.
         source: name and dtype in the checkpoint, for the report.
         note: why the type is not the usual one.
+        importance: [cols], what the squared error of each column counts.
+        read_packed: where the source has the same type: its bytes, to be copied.
     """
 
     name: str
@@ -36,6 +39,8 @@ class PlannedTensor:
     row_unit: int = 1
     source: str = ""
     note: str = ""
+    importance: Rows | None = None
+    read_packed: ReadPacked | None = None
 
     @property
     def rows(self) -> int:

@@ -1,10 +1,29 @@
-"""Which type each tensor gets."""
+"""Which type each tensor gets: recipes by the names users know, and what the user overrides.
+
+The recipes are facts about files: `tests/convert/test_recipes.py` holds them as llama.cpp's tool writes them.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyengine import quant
+from pyengine.errors import InvalidArgument
+
+QUANTISATION_VERSION = 2  # of the block formats: general.quantization_version
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe looks at beside the tensor: layers, query heads for each KV head, tied head, importance given."""
+
+    arch: str
+    layers: int
+    group: int
+    tied: bool
+    importance: bool = False
 
 
 @dataclass(frozen=True)
@@ -12,40 +31,183 @@ class Recipe:
     """What ``--type`` stands for.
 
     Attributes:
-        name: as on the command line.
+        name: as on the command line, in capitals.
         file_type: ``general.file_type``.
-        type: format of two-dimensional weights.
+        type: format of matrices.
         head: format of the matrix that makes the logits: ``output.weight``, or the embedding where it is tied.
     """
 
     name: str
     file_type: int
     type: str
-    head: str
+    head: str = "Q6_K"
 
-    def choose(self, name: str, shape: tuple[int, ...], tied: bool) -> tuple[str, str]:
-        """(format, note) of a tensor; the note says why it is not the usual one, or is empty.
+    def usual(self, part: str, layer: int, facts: Facts) -> str:
+        """The format of a layer's matrix: ``part`` is its name there ("attn_v")."""
+        if part == "attn_v":
+            return self._attn_v(layer, facts)
+        if part == "ffn_down":
+            return self._ffn_down(layer, facts)
+        if part == "attn_output":
+            return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(self.name, self.type)
+        return self.type
 
-        Norms and biases stay F32. A row that is no whole number of blocks falls back to F16.
-        """
-        if len(shape) < 2:
-            return "F32", ""
-        is_head = name == ("token_embd.weight" if tied else "output.weight")
-        chosen = self.head if is_head else self.type
-        block = quant.find(chosen).block_size
-        if shape[-1] % block:
-            return "F16", f"rows of {shape[-1]} are no multiple of {block}"
-        return chosen, "makes the logits" if chosen != self.type else ""
+    def _attn_v(self, layer: int, facts: Facts) -> str:
+        kind = self.type
+        if self.name == "Q2_K":
+            kind = "Q4_K" if facts.group >= 4 else "Q3_K"
+        elif self.name == "Q3_K_M":
+            kind = "Q5_K" if layer < 2 else "Q4_K"
+        elif (
+            self.name == "Q3_K_L"
+            or (self.name.startswith("IQ4") and facts.group >= 4)
+            or (self.name == "Q4_K_S" and layer < 4)
+        ):
+            kind = "Q5_K"
+        elif self.name in {"Q4_K_M", "Q5_K_M"} and _counts_more(layer, facts.layers):
+            kind = "Q6_K"
+        if facts.arch == "llama" and facts.layers == 80 and kind in {"Q3_K", "Q4_K"}:
+            return "Q5_K"  # the 70B models: eight heads share a value matrix, which is small
+        return kind
+
+    def _ffn_down(self, layer: int, facts: Facts) -> str:
+        early = layer < facts.layers // 8
+        if self.name == "Q2_K":
+            return "Q3_K"
+        if self.name == "Q3_K_M":
+            return "Q5_K" if layer < facts.layers // 16 else "Q4_K"
+        if self.name == "Q3_K_L" or (self.name == "Q4_K_S" and early):
+            return "Q5_K"
+        if self.name in {"Q4_K_M", "Q5_K_M"} and _counts_more(layer, facts.layers):
+            return "Q6_K"
+        if self.name.startswith("IQ4") and early and not facts.importance:
+            return "Q5_K"
+        if self.name in {"Q4_0", "Q5_0"} and early and facts.importance:
+            return self.name[:-1] + "1"
+        return self.type
 
 
-# Q4_0: GGUF files usually keep the head in Q6_K; Q8_0 costs 1.9 bits a weight more there and loses less.
+def _counts_more(layer: int, layers: int) -> bool:
+    """The first and last eighth of the layers, and every third between."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
 RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (
-        Recipe("f32", 0, "F32", "F32"),
-        Recipe("f16", 1, "F16", "F16"),
-        Recipe("bf16", 32, "BF16", "BF16"),
-        Recipe("q8_0", 7, "Q8_0", "Q8_0"),
-        Recipe("q4_0", 2, "Q4_0", "Q8_0"),
+        Recipe("F32", 0, "F32", "F32"),
+        Recipe("F16", 1, "F16", "F16"),
+        Recipe("BF16", 32, "BF16", "BF16"),
+        Recipe("Q8_0", 7, "Q8_0", "Q8_0"),
+        Recipe("Q6_K", 18, "Q6_K"),
+        Recipe("Q5_K_M", 17, "Q5_K"),
+        Recipe("Q5_K_S", 16, "Q5_K"),
+        Recipe("Q5_1", 9, "Q5_1"),
+        Recipe("Q5_0", 8, "Q5_0"),
+        Recipe("Q4_K_M", 15, "Q4_K"),
+        Recipe("Q4_K_S", 14, "Q4_K"),
+        Recipe("Q4_1", 3, "Q4_1"),
+        Recipe("Q4_0", 2, "Q4_0"),
+        Recipe("IQ4_NL", 25, "IQ4_NL"),
+        Recipe("IQ4_XS", 30, "IQ4_XS"),
+        Recipe("Q3_K_L", 13, "Q3_K"),
+        Recipe("Q3_K_M", 12, "Q3_K"),
+        Recipe("Q3_K_S", 11, "Q3_K"),
+        Recipe("Q2_K", 10, "Q2_K"),
     )
 }
+
+# Rows that are no whole number of the type's blocks of 256 get the nearest type with blocks of 32.
+_SMALLER_BLOCKS = {
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
+}  # fmt: skip
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name, in any case. Errors: ``InvalidArgument``."""
+    recipe = RECIPES.get(name.upper())
+    if recipe is None:
+        raise InvalidArgument(f"unknown type {name!r}; known are {', '.join(RECIPES)}", code="unknown_type")
+    return recipe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe and what the user changes about it.
+
+    Attributes:
+        overrides: (regular expression searched in tensor names, format); the first that matches decides.
+        output: format of the matrix that makes the logits; embedding: of ``token_embd.weight``.
+        pure: every matrix gets the recipe's main format.
+    """
+
+    recipe: Recipe
+    overrides: Sequence[tuple[re.Pattern[str], str]] = ()
+    output: str | None = None
+    embedding: str | None = None
+    pure: bool = False
+
+    def of(self, name: str, shape: tuple[int, ...], facts: Facts) -> tuple[str, str]:
+        """(format, note) of a tensor; the note says why it is not the usual one, or is empty.
+
+        Norms and biases stay F32.
+        """
+        if len(shape) < 2:
+            return "F32", ""
+        chosen, note = self._wanted(name, facts)
+        cols = shape[-1]
+        if cols % quant.find(chosen).block_size:
+            chosen = _SMALLER_BLOCKS.get(chosen, chosen)
+            if cols % quant.find(chosen).block_size:
+                chosen = "F16"
+            note = f"rows of {cols} are no multiple of {256 if chosen != 'F16' else 32}"
+        return chosen, note
+
+    def _wanted(self, name: str, facts: Facts) -> tuple[str, str]:
+        for pattern, kind in self.overrides:
+            if pattern.search(name):
+                return kind, "as asked"
+        is_head = name == ("token_embd.weight" if facts.tied else "output.weight")
+        if name == "token_embd.weight" and self.embedding is not None:
+            return self.embedding, "as asked"
+        if is_head and self.output is not None:
+            return self.output, "as asked"
+        if self.pure:
+            return self.recipe.type, ""
+        if is_head:
+            return self.recipe.head, "makes the logits" if self.recipe.head != self.recipe.type else ""
+        layer = _LAYER.fullmatch(name)
+        return self.recipe.usual(layer[2], int(layer[1]), facts) if layer else self.recipe.type, ""
+
+
+def make_choice(
+    name: str,
+    overrides: Sequence[tuple[str, str]] = (),
+    output: str | None = None,
+    embedding: str | None = None,
+    pure: bool = False,
+) -> Choice:
+    """A :class:`Choice` of names and patterns as they come from a user. Errors: ``InvalidArgument``."""
+    compiled = []
+    for pattern, kind in overrides:
+        try:
+            compiled.append((re.compile(pattern), _format(kind)))
+        except re.error as error:
+            raise InvalidArgument(f"{pattern!r} is no regular expression: {error}", code="bad_pattern") from None
+    return Choice(
+        find_recipe(name),
+        compiled,
+        None if output is None else _format(output),
+        None if embedding is None else _format(embedding),
+        pure,
+    )
+
+
+def _format(name: str) -> str:
+    fmt = quant.FORMATS.get(name.upper())
+    if fmt is None or not fmt.can_quantise:
+        known = ", ".join(f.name for f in quant.FORMATS.values() if f.can_quantise)
+        raise InvalidArgument(f"unknown tensor type {name!r}; known are {known}", code="unknown_type")
+    return fmt.name

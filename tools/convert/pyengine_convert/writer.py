@@ -1,8 +1,9 @@
-"""Planned tensors -> a GGUF file under its final name, complete and verified, or nothing.
+"""Planned tensors -> a GGUF file (or the parts of a split one) under its final name, complete and verified, or nothing.
 
 The file grows under a temporary name in the same folder, is synced, opened with the engine's own reader and compared
 with what was meant, and only then renamed. The temporary name is fixed and locked, so that two conversions to the same
-output cannot meet, and what a killed one left behind is replaced by the next.
+output cannot meet; what a killed one left behind is continued when asked (journal.py), otherwise replaced.
+The parts of a split file grow in a folder and are renamed last part first: the first one opens the model.
 
 A pool of threads reads and encodes pieces of a few MiB; this thread writes them in order. Memory in use: about
 (threads + 2) pieces, whatever the size of the model.
@@ -10,25 +11,31 @@ A pool of threads reads and encodes pieces of a few MiB; this thread writes them
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
 
+import pyengine
 from pyengine import quant
 from pyengine.errors import FileError, InternalError, InvalidArgument
 from pyengine.gguf_file import GgufFile
 from pyengine.model import Model
-from pyengine_convert.encode import encode
+from pyengine_convert import journal
+from pyengine_convert.encode import Loss, encode, loss
+from pyengine_convert.journal import Journal, State
 from pyengine_convert.keyvalues import KeyValues
 from pyengine_convert.plan import PlannedTensor
 
@@ -40,8 +47,27 @@ except ImportError:  # Windows: an open file cannot be replaced there, which ser
 _ALIGNMENT = 32  # bytes; the format's default
 _PIECE = 1 << 20  # weights read and encoded at a time: 4 MiB of float32
 _HEADER_RESERVE = 64 << 20  # bytes kept free for metadata when space is checked
+_CHECKPOINT = 512 << 20  # bytes between checkpoints: what a killed conversion does again at most
 
 Progress = Callable[[int], None]  # called with the bytes just written
+
+
+class Written(NamedTuple):
+    """Paths and bytes of the files together, and what each tensor lost."""
+
+    paths: list[Path]
+    size: int
+    losses: dict[str, Loss]
+
+
+@dataclass(frozen=True)
+class _Volume:
+    """One file to be written: ``path`` until it is complete, ``final`` then."""
+
+    path: Path
+    final: Path
+    keys: KeyValues
+    tensors: Sequence[PlannedTensor]
 
 
 def write(
@@ -52,40 +78,119 @@ def write(
     threads: int = 1,
     force: bool = False,
     progress: Progress | None = None,
-) -> int:
-    """Writes ``out`` and returns its size in bytes. An existing file is replaced only with ``force``.
+    split: int | None = None,
+    resume: bool = False,
+    source: str = "",
+) -> Written:
+    """Writes ``out``. An existing file is replaced only with ``force``.
 
-    Errors: ``FileError`` (exists, no space, the system refused), whatever reading the tensors raises, and
-    ``InternalError`` when the file does not read back as meant. After any of them, and after KeyboardInterrupt, no
-    file of ours is left under either name.
+    Args:
+        split: bytes of tensor data a file may hold; more are written as ``OUT-00001-of-0000N.gguf``.
+        resume: continue what a killed conversion left, if anything; and leave it for another ``resume`` on
+            KeyboardInterrupt.
+        source: identifies what the tensors are read from.
+
+    Errors: ``FileError`` (exists, no space, the system refused, another one's remains), whatever reading the tensors
+    raises, and ``InternalError`` when the file does not read back as meant. After any of them, and after
+    KeyboardInterrupt, no file of ours is left under either name - but with ``resume``, after KeyboardInterrupt and
+    ``FileError``, what another ``resume`` can go on with.
     """
     if threads < 1:
         raise InvalidArgument(f"threads is {threads}; expected at least 1", code="bad_threads")
-    _check_target(out, force)
-    _check_space(out, sum(t.size + _ALIGNMENT for t in tensors))
-    with _temporary(out) as part:
+    _check_folder(out)
+    volumes = _volumes(out, keys, tensors, split)
+    if not resume:
+        _check_targets(volumes, force)
+    identity = _identity(volumes, source)
+    with _temporary(out, resume):
         try:
-            data_start = _write_header(part, keys, tensors)
-            checks = _write_data(part, data_start, tensors, threads, progress or (lambda _: None))
-            size = part.stat().st_size
-            verify(part, keys, tensors, checks)
-            _check_target(out, force)
-            os.replace(part, out)
+            state = _resume(out, volumes, identity) if resume else State()
+            _check_targets(volumes, force)
+            _check_space(out, sum(t.size + _ALIGNMENT for t in tensors) - state.done)
+            if len(volumes) > 1:
+                _folder_name(out).mkdir(exist_ok=True)
+            log = Journal.begin(_journal_name(out), identity, state)
+            try:
+                _write_volumes(volumes, state, log, threads, progress or (lambda _: None))
+            finally:
+                log.close()
+            size = sum(volume.path.stat().st_size for volume in volumes)
+            verify(volumes[0].path, volumes[0].keys, tensors, state.checks)
+            _check_targets(volumes, force)
+            for volume in reversed(volumes):
+                os.replace(volume.path, volume.final)
             _sync_folder(out.parent)
         except OSError as error:
             if isinstance(error, FileError):
                 raise
             raise FileError(f"cannot write {out}: {error.strerror or error}", code="cannot_write") from error
-    return size
+    return Written([volume.final for volume in volumes], size, state.losses)
 
 
-def _check_target(out: Path, force: bool) -> None:
+def _volumes(out: Path, keys: KeyValues, tensors: Sequence[PlannedTensor], split: int | None) -> list[_Volume]:
+    """The files to be written: one, or as few as hold ``split`` bytes of tensor data each, a tensor never cut."""
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if split is not None and groups[-1] and size + tensor.size > split:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.size
+    if len(groups) == 1:
+        return [_Volume(part_name(out), out, keys, tensors)]
+    if len(groups) > 9999:
+        raise InvalidArgument(f"{len(groups)} files of {split} bytes: choose larger ones", code="too_many_parts")
+    volumes = []
+    for i, group in enumerate(groups):
+        name = f"{re.sub(r'[.]gguf$', '', out.name)}-{i + 1:05}-of-{len(groups):05}.gguf"
+        own = keys.clone() if i == 0 else KeyValues()
+        if i > 0:
+            own.string("general.architecture", keys["general.architecture"])
+        own.u16("split.no", i)
+        own.u16("split.count", len(groups))
+        own.i32("split.tensors.count", len(tensors))
+        volumes.append(_Volume(_folder_name(out) / name, out.with_name(name), own, group))
+    return volumes
+
+
+def _identity(volumes: Sequence[_Volume], source: str) -> str:
+    """The same for two conversions that write the same bytes."""
+    digest = hashlib.sha256(f"{pyengine.__version__}\n{source}\n{_PIECE}\n".encode())
+    for volume in volumes:
+        for key, value in volume.keys.items():
+            digest.update(f"{key} {value!r}\n".encode("utf-8", "surrogatepass"))
+        for tensor in volume.tensors:
+            digest.update(f"{tensor.name} {tensor.shape} {tensor.type} {tensor.source}\n".encode())
+            if tensor.importance is not None:
+                digest.update(tensor.importance.tobytes())
+    return digest.hexdigest()
+
+
+def _check_folder(out: Path) -> None:
     if out.is_dir():
         raise FileError(f"{out} is a directory; expected a file name", code="is_directory")
     if not out.parent.is_dir():
         raise FileError(f"{out.parent} is no directory", code="no_directory")
-    if out.exists() and not force:
-        raise FileError(f"{out} exists already; --force replaces it", code="exists")
+
+
+def _check_targets(volumes: Sequence[_Volume], force: bool) -> None:
+    for volume in volumes:
+        if volume.final.is_dir():
+            raise FileError(f"{volume.final} is a directory; expected a file name", code="is_directory")
+        if volume.final.exists() and not force:
+            raise FileError(f"{volume.final} exists already; --force replaces it", code="exists")
+
+
+def _resume(out: Path, volumes: Sequence[_Volume], identity: str) -> State:
+    """How far the files on the disk have come. Errors: ``FileError`` when they are another conversion's."""
+    state = journal.read(_journal_name(out), identity)
+    for number, volume in enumerate(volumes[: state.volume + 1]):
+        if len(volumes) > 1 and not volume.path.exists() and volume.final.exists():
+            os.replace(volume.final, volume.path)  # killed while the parts got their names
+        if not volume.path.exists() or (number == state.volume and volume.path.stat().st_size < state.offset):
+            return State()
+    return state
 
 
 def _check_space(out: Path, data: int) -> None:
@@ -98,19 +203,28 @@ def _check_space(out: Path, data: int) -> None:
 
 
 def part_name(out: Path) -> Path:
-    """The name a file has until it is complete."""
+    """The name a file has until it is complete, and the lock of a split one."""
     return out.with_name(f".{out.name}.part")
 
 
+def _folder_name(out: Path) -> Path:
+    """Where the parts of a split file grow."""
+    return out.with_name(f".{out.name}.parts")
+
+
+def _journal_name(out: Path) -> Path:
+    return out.with_name(f".{out.name}.journal")
+
+
 @contextmanager
-def _temporary(out: Path) -> Iterator[Path]:
-    """Creates and locks the temporary file; removes it unless it has been renamed."""
+def _temporary(out: Path, resume: bool) -> Iterator[None]:
+    """Creates and locks the temporary file; at the end removes it unless it has been renamed, and what is beside it."""
     part = part_name(out)
     try:
         lock = os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         raise FileError(f"cannot write {part}: {error.strerror}", code="cannot_write") from error
-    owned = False
+    owned = keep = False
     try:
         if fcntl is not None:
             try:
@@ -121,21 +235,35 @@ def _temporary(out: Path) -> Iterator[Path]:
             if not part.exists() or not os.path.samestat(os.fstat(lock), part.stat()):
                 raise FileError(f"another conversion has just written {out}", code="busy")
         owned = True
-        yield part
+        if not resume:
+            _remove_remains(out)
+        yield
+    except KeyboardInterrupt:
+        keep = resume
+        raise
+    except FileError:
+        keep = resume
+        raise
     finally:
-        if owned:
+        if owned and not keep:
             with suppress(FileNotFoundError):
                 part.unlink()
+            _remove_remains(out)
         os.close(lock)
 
 
-def _write_header(part: Path, keys: KeyValues, tensors: Sequence[PlannedTensor]) -> int:
+def _remove_remains(out: Path) -> None:
+    _journal_name(out).unlink(missing_ok=True)
+    shutil.rmtree(_folder_name(out), ignore_errors=True)
+
+
+def _write_header(volume: _Volume) -> int:
     """Header, metadata and tensor table by the format's own package; returns where the tensor data begins."""
-    writer = GGUFWriter(part, keys["general.architecture"])  # adds general.architecture itself
-    for key, value in keys.items():
+    writer = GGUFWriter(volume.path, volume.keys["general.architecture"])  # adds general.architecture itself
+    for key, value in volume.keys.items():
         if key != "general.architecture":
             writer.add_key_value(key, value.value, value.type, value.element)
-    for tensor in tensors:
+    for tensor in volume.tensors:
         kind = GGMLQuantizationType[tensor.type]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=kind)
     try:
@@ -144,49 +272,77 @@ def _write_header(part: Path, keys: KeyValues, tensors: Sequence[PlannedTensor])
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-    end = part.stat().st_size
+    end = volume.path.stat().st_size
     return -(-end // _ALIGNMENT) * _ALIGNMENT
 
 
-def _write_data(
-    part: Path, data_start: int, tensors: Sequence[PlannedTensor], threads: int, progress: Progress
-) -> dict[str, int]:
-    """Appends every tensor's bytes, padded; returns the CRC-32 of the first piece of each."""
-    checks: dict[str, int] = {}
-    with open(part, "r+b", buffering=0) as file:
-        file.seek(data_start)
+def _write_volumes(volumes: Sequence[_Volume], state: State, log: Journal, threads: int, progress: Progress) -> None:
+    """Writes everything that ``state`` does not have yet, and brings it up to date."""
+    if state.done:
+        progress(state.done)
+    for number in range(state.volume, len(volumes)):
+        if state.volume != number or not state.offset:
+            state.volume, state.tensor, state.row, state.offset = number, 0, 0, _write_header(volumes[number])
+        _write_data(volumes[number], state, log, threads, progress)
+
+
+def _write_data(volume: _Volume, state: State, log: Journal, threads: int, progress: Progress) -> None:
+    """Appends the bytes of the tensors from ``state`` on, padded."""
+    with open(volume.path, "r+b", buffering=0) as file:
+        file.seek(state.offset)
         file.truncate()
-        for tensor, start, piece in _pieces(tensors, threads):
-            if start == 0:
+        synced = state.offset
+        for piece in _pieces(volume.tensors, state.tensor, state.row, threads):
+            name = volume.tensors[piece.tensor].name
+            if piece.start == 0:
                 _pad(file)
-                checks[tensor.name] = zlib.crc32(piece.data)
-            _write_all(file, piece)
-            progress(piece.nbytes)
+                state.checks[name] = zlib.crc32(piece.data.data)
+                state.losses[name] = Loss()
+            _write_all(file, piece.data)
+            state.losses[name] += piece.loss
+            state.done += piece.data.nbytes
+            state.tensor, state.row, state.offset = piece.tensor, piece.start + piece.count, file.tell()
+            progress(piece.data.nbytes)
+            if state.offset - synced >= _CHECKPOINT:
+                os.fsync(file.fileno())
+                log.checkpoint(state)
+                synced = state.offset
         _pad(file)
         os.fsync(file.fileno())
-    return checks
+        log.checkpoint(state)
 
 
-def _pieces(
-    tensors: Sequence[PlannedTensor], threads: int
-) -> Iterator[tuple[PlannedTensor, int, npt.NDArray[np.uint8]]]:
-    """Yields (tensor, first row, encoded rows) in file order; ``threads`` pieces are in the making."""
+class _Piece(NamedTuple):
+    tensor: int
+    start: int
+    count: int
+    data: npt.NDArray[np.uint8]
+    loss: Loss
 
-    def make(tensor: PlannedTensor, start: int, count: int) -> npt.NDArray[np.uint8]:
-        return encode(tensor.type, tensor.read_rows(start, count), tensor.name, start).reshape(-1)
 
+def _make(tensor: PlannedTensor, index: int, start: int, count: int) -> _Piece:
+    if tensor.read_packed is not None:
+        data = tensor.read_packed(start, count)
+        return _Piece(index, start, count, data.reshape(-1), Loss(weights=count * tensor.cols))
+    rows = tensor.read_rows(start, count)
+    data = encode(tensor.type, rows, tensor.name, start, tensor.importance)
+    return _Piece(index, start, count, data.reshape(-1), loss(tensor.type, rows, data))
+
+
+def _pieces(tensors: Sequence[PlannedTensor], first: int, row: int, threads: int) -> Iterator[_Piece]:
+    """Yields encoded pieces in file order, from row ``row`` of tensor ``first`` on; ``threads`` are in the making."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
-    waiting: deque[tuple[PlannedTensor, int, Future[npt.NDArray[np.uint8]]]] = deque()
+    waiting: deque[Future[_Piece]] = deque()
     try:
-        for tensor in tensors:
-            for start, count in piece_bounds(tensor):
-                waiting.append((tensor, start, pool.submit(make, tensor, start, count)))
+        for index in range(first, len(tensors)):
+            for start, count in piece_bounds(tensors[index]):
+                if index == first and start < row:
+                    continue
+                waiting.append(pool.submit(_make, tensors[index], index, start, count))
                 if len(waiting) > threads:
-                    first, at, future = waiting.popleft()
-                    yield first, at, future.result()
+                    yield waiting.popleft().result()
         while waiting:
-            first, at, future = waiting.popleft()
-            yield first, at, future.result()
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,0 +1,9 @@
+#include "kernels/quantise.h"
+
+#include "kernels/tiers.h"
+
+namespace pe {
+
+void avx2_quantise(KernelTable* table) { set_quantisers(table); }
+
+}  // namespace pe
