@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _collect(args: argparse.Namespace, matrix: ImportanceMatrix, out: Path) -> str:
     """Adds the text's sums; returns what to say about it."""
-    from pyengine.imatrix import collect
+    from pyengine.imatrix import ImportanceMatrix, collect
     from pyengine.model import Model
     from pyengine.windows import text_windows
 
@@ -78,8 +78,9 @@ def _collect(args: argparse.Namespace, matrix: ImportanceMatrix, out: Path) -> s
     matrix.datasets.append("standard input" if args.file == "-" else args.file)
     with Model.open(args.model, prefix_bytes=0) as model:
         windows = text_windows(model.tokenizer, text, matrix.chunk_size, args.chunks)
+        total = matrix.chunk_count + len(windows)
         progress = Progress("window", len(windows))
-        saved = 0
+        saving = False  # whether the file may be ours
         with model.session(n_ctx=matrix.chunk_size, threads=args.threads, kv_type=args.kv_type) as session:
             items = in_background(collect(session, windows, output=args.process_output), session.cancel)
             try:
@@ -89,11 +90,11 @@ def _collect(args: argparse.Namespace, matrix: ImportanceMatrix, out: Path) -> s
                             matrix.add(name, entry)
                         progress.advance()
                         if args.save_every and done % args.save_every == 0:
+                            saving = True
                             matrix.write(out)
-                            saved = done
             except BaseException:
-                if saved:
-                    say(f"{out}: {saved} of {len(windows)} windows were saved")
+                if saving and out.exists():  # which of two saves it is, only the file knows
+                    say(f"{out}: {ImportanceMatrix.read(out).chunk_count} of {total} windows were saved")
                 raise
     return f"{count_of(windows)}, {duration(progress.seconds)}"
 
