@@ -31,6 +31,7 @@ from pyengine.model import Model, Session
 
 if TYPE_CHECKING:
     from pyengine.generate import Chat, End, Reasoning, Text
+    from pyengine.planner import plan
     from pyengine.sampling import Sampler, SamplerSettings
     from pyengine.tokenizer import Tokenizer
 
@@ -46,6 +47,7 @@ _LAZY = {
     "Sampler": "sampling",
     "SamplerSettings": "sampling",
     "Tokenizer": "tokenizer",
+    "plan": "planner",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "__version__",
     "demo_model_path",
     "numerics_epoch",
+    "plan",
 ]
 
 

@@ -20,6 +20,15 @@ def quantise(
 def linear(
     tier: str, type: int, w: npt.NDArray[np.uint8], rows: int, cols: int, x: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]: ...
+def attend(
+    tier: str,
+    kv_type: int,
+    keys: npt.NDArray[np.uint8],
+    values: npt.NDArray[np.uint8],
+    n_keys: int,
+    q: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]: ...
+def default_threads() -> int: ...
 def top_k(logits: npt.NDArray[np.float32], k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]: ...
 def exp(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]: ...
 def softmax_sum(
@@ -27,6 +36,20 @@ def softmax_sum(
 ) -> float: ...
 def session_bytes(
     model: Model, n_ctx: int, threads: int, threads_prefill: int, kv_type: int, chunk: int
+) -> tuple[int, int]: ...
+def shape_bytes(
+    n_ctx_train: int,
+    n_layers: int,
+    n_embd: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    n_ff: int,
+    n_ctx: int,
+    threads: int,
+    threads_prefill: int,
+    kv_type: int,
+    chunk: int,
 ) -> tuple[int, int]: ...
 
 class File:

@@ -56,8 +56,9 @@ class Model:
         rope_attn_scale: float | None = None,
         progress: Callable[[float], object] | None = None,
         prefix_bytes: int = 256 << 20,
+        tokenizer_ahead: bool = True,
     ) -> Self:
-        """Opens and checks a model. Its tokenizer is built meanwhile and afterwards, in another thread.
+        """Opens and checks a model.
 
         Args:
             path: the GGUF file, or the first part of a split model.
@@ -66,6 +67,7 @@ class Model:
             progress: called with 0..1; returning ``False`` (or raising) stops the load.
             prefix_bytes: at most so much of what sessions let go is kept for later sessions whose texts begin alike,
                 see :meth:`Session.reuse`; 0: nothing is, and sessions share nothing.
+            tokenizer_ahead: build the tokenizer meanwhile and afterwards, in another thread; else when it is asked for.
 
         Errors: ``FileError``, ``FormatError``, ``UnsupportedError``, ``OutOfMemory``, ``Cancelled``, ``CpuError``.
         """
@@ -74,7 +76,7 @@ class Model:
         if not 0 <= prefix_bytes < 2**64:
             raise InvalidArgument(f"prefix_bytes is {prefix_bytes}; expected 0..2^64-1", code="bad_option")
         load = load_mode("copy" if copy else "mmap")
-        tokenizer = _Ahead(functools.partial(_tokenizer_of, fs_path(path)))
+        tokenizer = _Ahead(functools.partial(_tokenizer_of, fs_path(path))) if tokenizer_ahead else None
         model = cls(_core.Model.open(fs_path(path), load, rope_attn_scale or 0.0, progress, prefix_bytes))
         model._tokenizer = tokenizer
         return model
@@ -257,6 +259,31 @@ class Session:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def default_threads() -> int:
+    """What ``threads=0`` stands for here and now: usable physical cores, affinity and control groups included."""
+    return _core.default_threads()
+
+
+def shape_bytes(
+    *,
+    n_ctx_train: int,
+    n_layers: int,
+    n_embd: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    n_ff: int,
+    n_ctx: int = 0,
+    threads: int = 0,
+    kv_type: KvType = "f16",
+) -> tuple[int, int]:
+    """(KV cache, scratch) bytes as :meth:`Model.session_bytes`, for a model of these sizes. Errors: ``EngineError``."""
+    sizes = (n_ctx_train, n_layers, n_embd, n_heads, n_kv_heads, head_dim, n_ff)
+    if not all(0 <= size < 2**32 for size in sizes):
+        raise InvalidArgument(f"the sizes are {sizes}; expected 0..2^32-1", code="bad_shape")
+    return _core.shape_bytes(*sizes, *_options(n_ctx, threads, 0, kv_type, 0))
 
 
 def _options(

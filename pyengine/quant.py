@@ -85,6 +85,20 @@ def linear(
     return _core.linear(tier, find(type_name).type, packed, rows, cols, values)
 
 
+def attend(
+    tier: str, kv_type: int, keys: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8], n_keys: int, q: npt.ArrayLike
+) -> npt.NDArray[np.float32]:
+    """Attention of one token's queries q [heads, head_dim], which share a KV head, with one tier's kernels.
+
+    On one thread. ``keys``, ``values``: packed rows [n_keys] of tensor type ``kv_type`` (1 F16, 0 F32, 8 Q8_0). Scores are divided by
+    sqrt(head_dim), a multiple of 32. Returns float32 [heads, head_dim].
+    """
+    queries = np.ascontiguousarray(q, np.float32)
+    if queries.ndim != 2:
+        raise InvalidArgument(f"q has {queries.ndim} dimensions; expected 2 (heads, head_dim)", code="bad_shape")
+    return _core.attend(tier, kv_type, keys, values, n_keys, queries)
+
+
 def tiers() -> list[str]:
     """Instruction-set tiers this machine can run, from "scalar" upwards."""
     return _core.tiers()

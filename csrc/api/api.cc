@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <string>
 
+#include "api/kv_type.h"
 #include "api/last_error.h"
 #include "api/pyengine.h"
 #include "base/text.h"
+#include "gguf/limits.h"
 #include "gguf/reader.h"
 #include "model/model.h"
 #include "model/session.h"
@@ -53,6 +56,28 @@ Options read_options(const Options* given, void (*init)(Options*)) {
   return options;
 }
 
+// The sizes of a model that memory depends on, in the ranges that a file's are checked against.
+ModelConfig config_of(const pe_shape& s) {
+  const auto in_range = [](const char* name, uint64_t value, uint64_t high) {
+    if (value < 1 || value > high)
+      throw Error(Status::kArgument, "bad_shape",
+                  std::string(name) + " is " + std::to_string(value) + "; expected 1.." + std::to_string(high), name);
+    return static_cast<size_t>(value);
+  };
+  ModelConfig c;
+  c.n_ctx_train = in_range("n_ctx_train", s.n_ctx_train, gguf::kMaxContext);
+  c.n_layers = in_range("n_layers", s.n_layers, gguf::kMaxLayers);
+  c.n_embd = in_range("n_embd", s.n_embd, kMaxWidth);
+  c.n_heads = in_range("n_heads", s.n_heads, 65536);
+  c.n_kv_heads = in_range("n_kv_heads", s.n_kv_heads, c.n_heads);
+  c.head_dim_k = in_range("head_dim_k", s.head_dim_k, kMaxWidth / c.n_heads);
+  c.head_dim_v = in_range("head_dim_v", s.head_dim_v, kMaxWidth / c.n_heads);
+  c.n_ff = in_range("n_ff", s.n_ff, kMaxWidth);
+  c.rope.dims = s.rope_dims ? in_range("rope_dims", s.rope_dims, c.head_dim_k) : c.head_dim_k;
+  if (c.n_heads % c.n_kv_heads) bad_argument("n_kv_heads", "must divide n_heads");
+  return c;
+}
+
 gguf::Load load_of(pe_load load, bool header) {
   if (load != PE_LOAD_MMAP && load != PE_LOAD_COPY && !(header && load == PE_LOAD_HEADER))
     bad_argument("load", "is no known pe_load for this call");
@@ -88,16 +113,7 @@ SessionOptions session_options(const pe_session_options* given) {
   out.n_threads = o.n_threads;
   out.n_threads_prefill = o.n_threads_prefill;
   out.n_chunk = o.n_chunk;
-  switch (o.kv_type) {
-    case 0: out.kv = Kv::F32; break;
-    case 1: out.kv = Kv::F16; break;
-    case 8: out.kv = Kv::Q8_0; break;
-    default:
-      throw Error(Status::kUnsupported, "bad_option",
-                  "a KV cache of tensor type " + std::to_string(o.kv_type) +
-                      " is not supported; known: 1 (F16), 0 (F32), 8 (Q8_0)",
-                  "kv_type");
-  }
+  out.kv = kv_of(o.kv_type);
   return out;
 }
 
@@ -234,12 +250,33 @@ void pe_session_options_init(pe_session_options* options) {
   if (options) *options = {sizeof *options, 0, 0, 0, 1, 0};
 }
 
+uint32_t pe_default_threads(void) { return static_cast<uint32_t>(default_threads()); }
+
 pe_status pe_session_bytes(const pe_model* model, const pe_session_options* options, uint64_t* kv_bytes,
                            uint64_t* scratch_bytes) {
   return guarded([&] {
     not_null(kv_bytes, "kv_bytes") = 0;
     not_null(scratch_bytes, "scratch_bytes") = 0;
-    const Session::Bytes bytes = Session::bytes(*not_null(model, "model").model, session_options(options));
+    const Session::Bytes bytes = Session::bytes(not_null(model, "model").model->config(), session_options(options));
+    *kv_bytes = bytes.kv;
+    *scratch_bytes = bytes.scratch;
+  });
+}
+
+void pe_shape_init(pe_shape* shape) {
+  if (!shape) return;
+  *shape = {};
+  shape->struct_size = sizeof *shape;
+}
+
+pe_status pe_shape_bytes(const pe_shape* shape, const pe_session_options* options, uint64_t* kv_bytes,
+                         uint64_t* scratch_bytes) {
+  return guarded([&] {
+    not_null(kv_bytes, "kv_bytes") = 0;
+    not_null(scratch_bytes, "scratch_bytes") = 0;
+    not_null(shape, "shape");
+    const Session::Bytes bytes =
+        Session::bytes(config_of(read_options(shape, pe_shape_init)), session_options(options));
     *kv_bytes = bytes.kv;
     *scratch_bytes = bytes.scratch;
   });

@@ -118,6 +118,13 @@ pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, siz
 pe_status pe_linear(const char* tier, int32_t type, const void* w, size_t w_size, size_t rows, size_t cols,
                     const float* x, size_t n_tokens, float* y);
 
+/* y [n_heads][head_dim]: what the queries q [n_heads][head_dim] of one token, which share a KV head, get from n_keys keys and
+ * values as a cache of kv_type (see pe_session_options) stores them, `size` bytes each; scores / sqrt(head_dim). The engine's
+ * own attention on one thread, for tests and benchmarks. head_dim: a multiple of 32.
+ * PE_E_ARGUMENT, PE_E_UNSUPPORTED, PE_E_CPU, PE_E_MEMORY. */
+pe_status pe_attend(const char* tier, int32_t kv_type, const void* keys, const void* values, size_t size, size_t n_keys,
+                    size_t head_dim, const float* q, size_t n_heads, float* y);
+
 /* ---------------------------------------------------------------- choosing tokens */
 
 /* What a sampler needs of a whole row of logits; the rest of it works on a few candidates. Same bits everywhere. */
@@ -270,11 +277,32 @@ typedef enum pe_logits {
 } pe_logits;
 
 void pe_session_options_init(pe_session_options* options);
+/* What n_threads 0 stands for here and now: affinity mask and control groups included. */
+uint32_t pe_default_threads(void);
 
 /* Memory a session with these options will allocate, in bytes: exact, computed by the code that allocates.
  * PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type), PE_E_MEMORY. */
 pe_status pe_session_bytes(const pe_model* model, const pe_session_options* options, uint64_t* kv_bytes,
                            uint64_t* scratch_bytes);
+
+/* The sizes of a model that its sessions' memory depends on, for planning without a file. */
+typedef struct pe_shape {
+  uint32_t struct_size;
+  uint32_t n_ctx_train; /* what n_ctx 0 of the options refers to */
+  uint32_t n_layers;
+  uint32_t n_embd;
+  uint32_t n_heads;
+  uint32_t n_kv_heads; /* divides n_heads */
+  uint32_t head_dim_k;
+  uint32_t head_dim_v;
+  uint32_t n_ff;
+  uint32_t rope_dims; /* 0 (default): head_dim_k */
+} pe_shape;
+
+void pe_shape_init(pe_shape* shape);
+/* As pe_session_bytes, for a model of this shape. PE_E_ARGUMENT, PE_E_UNSUPPORTED, PE_E_MEMORY. */
+pe_status pe_shape_bytes(const pe_shape* shape, const pe_session_options* options, uint64_t* kv_bytes,
+                         uint64_t* scratch_bytes);
 
 /* `options` may be NULL. PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type, or head dimensions that do not fit it), PE_E_MEMORY. */
 pe_status pe_session_create(pe_model* model, const pe_session_options* options, pe_session** out);

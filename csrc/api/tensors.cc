@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "api/kv_type.h"
 #include "api/last_error.h"
 #include "api/pyengine.h"
 #include "base/aligned_buffer.h"
@@ -26,6 +28,7 @@ namespace {
 constexpr uint32_t kNumericsEpoch = 1;
 
 constexpr uint32_t kMaxQuantiseThreads = 512;
+constexpr size_t kMaxAttendHeads = 65536, kMaxAttendDim = 65536;
 constexpr size_t kQuantiseRows = 8;  // rows a thread takes at a time
 
 Format format_of(int32_t type) {
@@ -188,5 +191,58 @@ pe_status pe_linear(const char* tier, int32_t type, const void* w, size_t w_size
                                               .tokens = n_tokens,
                                               .y = y,
                                               .y_stride = rows});
+  });
+}
+
+pe_status pe_attend(const char* tier, int32_t kv_type, const void* keys, const void* values, size_t size, size_t n_keys,
+                    size_t head_dim, const float* q, size_t n_heads, float* y) {
+  return guarded([&] {
+    const FpEnv fp_env;
+    const KernelTable& kernels = *kernels_for(tier_of(&not_null(tier, "tier")));
+    const Kv type = kv_of(kv_type);
+    const auto* k = static_cast<const uint8_t*>(keys);
+    const auto* v = static_cast<const uint8_t*>(values);
+    not_null(k, "keys");
+    not_null(v, "values");
+    not_null(q, "q");
+    not_null(y, "y");
+    uint64_t bytes = 0;
+    if (n_keys == 0 || n_heads == 0 || n_heads > kMaxAttendHeads || head_dim == 0 || head_dim > kMaxAttendDim ||
+        head_dim % 32 || !checked_mul(kv_row_bytes(type, head_dim), n_keys, &bytes) || bytes != size)
+      throw Error(Status::kArgument, "bad_shape",
+                  std::to_string(n_keys) + " keys of " + std::to_string(head_dim) + " values for " +
+                      std::to_string(n_heads) + " heads do not fit " + std::to_string(size) +
+                      " bytes; expected head dimensions that are multiples of 32");
+    const size_t row = kv_row_bytes(type, head_dim), stride = pad16(head_dim);
+    AlignedBuffer memory((attn_work(head_dim, head_dim) + 2 * n_heads * (stride + 2)) * sizeof(float));
+    float* work = memory.as<float>();
+    // Two of each: the total's, and a chunk's.
+    float* const acc[2] = {work + attn_work(head_dim, head_dim),
+                           work + attn_work(head_dim, head_dim) + n_heads * stride};
+    float* const m[2] = {acc[1] + n_heads * stride, acc[1] + n_heads * (stride + 1)};
+    float* const sum[2] = {m[1] + n_heads, m[1] + 2 * n_heads};
+    for (size_t at = 0; at < n_keys; at += kAttnChunk) {
+      const int to = at ? 1 : 0;
+      kernels.attn_chunk[static_cast<int>(type)]({.q = q,
+                                                  .tokens = 1,
+                                                  .heads = n_heads,
+                                                  .q_stride = n_heads * head_dim,
+                                                  .k = k + at * row,
+                                                  .v = v + at * row,
+                                                  .keys = std::min(kAttnChunk, n_keys - at),
+                                                  .head_dim_k = head_dim,
+                                                  .head_dim_v = head_dim,
+                                                  .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
+                                                  .acc = acc[to],
+                                                  .acc_stride = stride,
+                                                  .m = m[to],
+                                                  .sum = sum[to],
+                                                  .work = work});
+      for (size_t h = 0; to && h < n_heads; ++h)
+        kernels.attn_merge(m[0] + h, sum[0] + h, acc[0] + h * stride, m[1][h], sum[1][h], acc[1] + h * stride,
+                           head_dim);
+    }
+    for (size_t h = 0; h < n_heads; ++h)
+      kernels.attn_finish(acc[0] + h * stride, sum[0][h], head_dim, y + h * head_dim);
   });
 }

@@ -381,6 +381,25 @@ py::tuple session_bytes(const Model& model, uint32_t n_ctx, uint32_t threads, ui
   return py::make_tuple(kv_bytes, scratch);
 }
 
+py::tuple shape_bytes(uint32_t n_ctx_train, uint32_t n_layers, uint32_t n_embd, uint32_t n_heads, uint32_t n_kv_heads,
+                      uint32_t head_dim, uint32_t n_ff, uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv,
+                      uint32_t chunk) {
+  pe_shape shape;
+  pe_shape_init(&shape);
+  shape.n_ctx_train = n_ctx_train;
+  shape.n_layers = n_layers;
+  shape.n_embd = n_embd;
+  shape.n_heads = n_heads;
+  shape.n_kv_heads = n_kv_heads;
+  shape.head_dim_k = shape.head_dim_v = head_dim;
+  shape.n_ff = n_ff;
+  const pe_session_options o = session_options(n_ctx, threads, prefill, kv, chunk);
+  uint64_t kv_bytes = 0;
+  uint64_t scratch = 0;
+  check(pe_shape_bytes(&shape, &o, &kv_bytes, &scratch));
+  return py::make_tuple(kv_bytes, scratch);
+}
+
 // ---- choosing tokens ----
 
 using Longs = py::array_t<int64_t, py::array::c_style>;
@@ -478,6 +497,24 @@ FloatArray linear(const std::string& tier, int type, const Bytes& w, size_t rows
   return out;
 }
 
+// y [heads][head_dim]
+FloatArray attend(const std::string& tier, int kv, const Bytes& keys, const Bytes& values, size_t n_keys,
+                  const FloatArray& q) {
+  FloatArray out({q.shape(0), q.shape(1)});
+  const auto heads = static_cast<size_t>(q.shape(0));
+  const auto dim = static_cast<size_t>(q.shape(1));
+  if (keys.size() != values.size()) throw py::value_error("as many bytes of values as of keys");
+  float* y = out.mutable_data();
+  pe_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = pe_attend(tier.c_str(), kv, keys.data(), values.data(), static_cast<size_t>(keys.size()), n_keys, dim,
+                       q.data(), heads, y);
+  }
+  check(status);
+  return out;
+}
+
 py::list tiers() {
   py::list out;
   for (size_t i = 0; const char* name = pe_tier_name(i); ++i)
@@ -505,11 +542,17 @@ PYBIND11_MODULE(_core, m) {
         py::arg("importance"));
   m.def("linear", &linear, py::arg("tier"), py::arg("type"), py::arg("w"), py::arg("rows"), py::arg("cols"),
         py::arg("x"));
+  m.def("attend", &attend, py::arg("tier"), py::arg("kv_type"), py::arg("keys").noconvert(),
+        py::arg("values").noconvert(), py::arg("n_keys"), py::arg("q"));
+  m.def("default_threads", &pe_default_threads);
   m.def("top_k", &top_k, py::arg("logits").noconvert(), py::arg("k"));
   m.def("exp", &exp_nonpositive, py::arg("x").noconvert());
   m.def("softmax_sum", &softmax_sum, py::arg("logits").noconvert(), py::arg("peak"), py::arg("ids").noconvert(),
         py::arg("values").noconvert());
   m.def("session_bytes", &session_bytes, py::arg("model"), py::arg("n_ctx"), py::arg("threads"),
+        py::arg("threads_prefill"), py::arg("kv_type"), py::arg("chunk"));
+  m.def("shape_bytes", &shape_bytes, py::arg("n_ctx_train"), py::arg("n_layers"), py::arg("n_embd"), py::arg("n_heads"),
+        py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("n_ff"), py::arg("n_ctx"), py::arg("threads"),
         py::arg("threads_prefill"), py::arg("kv_type"), py::arg("chunk"));
 
   py::class_<File>(m, "File")

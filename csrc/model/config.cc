@@ -13,8 +13,6 @@ namespace pe {
 
 namespace {
 
-constexpr uint32_t kMaxWidth = 1u << 20;  // of any dimension of the block; the largest published model has 2^17
-
 // The keys of one architecture: "{arch}.{suffix}".
 class Keys {
  public:

@@ -52,6 +52,8 @@ struct ModelConfig {
   size_t heads_per_kv() const { return n_heads / n_kv_heads; }
 };
 
+inline constexpr uint32_t kMaxWidth = 1u << 20;  // of any dimension of the block; the largest published model has 2^17
+
 // Reads and checks every key of the architecture's schema. rope_attn_scale > 0 overrides the file's YaRN attention scale.
 // Throws Error: kFormat (a key is missing, mistyped, out of range), kUnsupported (unknown architecture, experts).
 ModelConfig read_config(const gguf::File& file, float rope_attn_scale);

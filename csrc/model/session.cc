@@ -27,7 +27,7 @@ size_t in_range(const char* name, size_t value, size_t low, size_t high) {
 SessionOptions resolve(const ModelConfig& config, SessionOptions o) {
   if (!o.n_ctx) o.n_ctx = std::min(config.n_ctx_train, kDefaultContext);
   in_range("n_ctx", o.n_ctx, 1, gguf::kMaxContext);
-  if (!o.n_threads) o.n_threads = std::min(static_cast<size_t>(usable_cores()), kMaxThreads);
+  if (!o.n_threads) o.n_threads = default_threads();
   if (!o.n_threads_prefill) o.n_threads_prefill = o.n_threads;
   in_range("n_threads", o.n_threads, 1, kMaxThreads);
   in_range("n_threads_prefill", o.n_threads_prefill, 1, kMaxThreads);
@@ -50,6 +50,8 @@ Scratch layout_of(const ModelConfig& c, const SessionOptions& o) {
 
 }  // namespace
 
+size_t default_threads() { return std::min(static_cast<size_t>(usable_cores()), kMaxThreads); }
+
 // One thread at a time: a second one gets an error instead of a corrupted cache.
 class Session::Use {
  public:
@@ -66,9 +68,9 @@ class Session::Use {
   std::atomic<bool>& busy_;
 };
 
-Session::Bytes Session::bytes(const Model& model, const SessionOptions& options) {
-  const SessionOptions o = resolve(model.config(), options);
-  return {KvCache::bytes(kv_shape(model.config(), o)), layout_of(model.config(), o).bytes};
+Session::Bytes Session::bytes(const ModelConfig& config, const SessionOptions& options) {
+  const SessionOptions o = resolve(config, options);
+  return {KvCache::bytes(kv_shape(config, o)), layout_of(config, o).bytes};
 }
 
 Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options,

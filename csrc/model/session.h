@@ -25,6 +25,8 @@ inline constexpr size_t kDefaultChunk = 256;
 inline constexpr size_t kMaxChunk = 1024;  // a longer step gains nothing and would answer a cancel too late
 inline constexpr size_t kMaxThreads = 512;
 
+size_t default_threads();  // usable physical cores, at most kMaxThreads
+
 enum class Want { kNone, kLast, kAll };  // which rows of logits
 
 class Session {
@@ -32,8 +34,9 @@ class Session {
   struct Bytes {
     size_t kv, scratch;
   };
-  // What a session with these options allocates.
-  static Bytes bytes(const Model& model, const SessionOptions& options);
+  // What a session of such a model with these options allocates. Reads the sizes of `config` alone.
+  // Throws Error: kArgument (an option out of range), kUnsupported, kMemory.
+  static Bytes bytes(const ModelConfig& config, const SessionOptions& options);
 
   // Throws Error: kArgument (an option out of range), kMemory.
   // `prefixes`: shared by sessions of this very model, so that they take over each other's beginnings; or nullptr.

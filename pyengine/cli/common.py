@@ -194,16 +194,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, or ``None`` where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as info:
-            fields = dict(line.split(":", 1) for line in info)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-
-
 class Interrupt:
     """Ctrl-C while a ``with`` block runs: the first one calls ``cancel``, a second one raises ``KeyboardInterrupt``.
 

@@ -23,7 +23,6 @@ from pyengine.cli.common import (
     Interrupt,
     Status,
     UsageError,
-    available_memory,
     check_utf8,
     describe,
     in_background,
@@ -566,6 +565,8 @@ def _context_size(model: Model, args: argparse.Namespace) -> int:
     """The user's; else the model's, halved until the cache fits into half of the memory that the weights leave."""
     if args.ctx_size:
         return int(args.ctx_size)
+    from pyengine.memory import available_memory
+
     available = available_memory()
     spare = 0 if available is None else (available - model.weight_bytes) // 2
     size = model.n_ctx_train
