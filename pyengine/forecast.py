@@ -123,7 +123,7 @@ def _buffer(task: _Task) -> npt.NDArray[np.uint8]:
 
 
 def _rates(tasks: Sequence[_Task], threads: int, seconds: float) -> list[float]:
-    """Amount a second of each task, all threads together: each thread's by the median of its rounds.
+    """Amount a second of each task, all threads together: each thread's by the mean of its rounds.
 
     A round does every task once, so that a change of the machine meets them all, and caches keep nothing from the last.
     """
@@ -142,7 +142,7 @@ def _rates(tasks: Sequence[_Task], threads: int, seconds: float) -> list[float]:
                 end = time.perf_counter() + seconds
         for i, task in enumerate(tasks):
             with lock:
-                rates[i] += task.amount / statistics.median(row[i] for row in times[1:])
+                rates[i] += task.amount / statistics.fmean(row[i] for row in times[1:])
 
     team = [threading.Thread(target=run, args=(own,)) for own in buffers]
     for thread in team:

@@ -1,6 +1,6 @@
 """Will it fit, and how fast: memory and speed of a model for quantisations and contexts, before anything is downloaded.
 
-The sizes of KV cache and scratch come from the code that allocates them (``pe_shape_bytes``); docs/planning.md has the rest.
+The sizes of KV cache and scratch come from the code that allocates them (``pe_shape_bytes``). See docs/planning.md.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ def attend(
 ) -> npt.NDArray[np.float32]:
     """Attention of one token's queries q [heads, head_dim], which share a KV head, with one tier's kernels.
 
-    On one thread. ``keys``, ``values``: packed rows [n_keys] of tensor type ``kv_type`` (1 F16, 0 F32, 8 Q8_0). Scores are divided by
-    sqrt(head_dim), a multiple of 32. Returns float32 [heads, head_dim].
+    On one thread. ``keys``, ``values``: packed rows [n_keys] of tensor type ``kv_type`` (1 F16, 0 F32, 8 Q8_0). Scores
+    are divided by sqrt(head_dim), a multiple of 32. Returns float32 [heads, head_dim].
     """
     queries = np.ascontiguousarray(q, np.float32)
     if queries.ndim != 2:

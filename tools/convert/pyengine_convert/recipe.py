@@ -1,7 +1,4 @@
-"""Which type each tensor gets: recipes by the names users know, and what the user overrides.
-
-The recipes are facts about files: `tests/convert/test_recipes.py` holds them as llama.cpp's tool writes them.
-"""
+"""Which type each tensor gets: a recipe of :mod:`pyengine.recipe`, and what the user changes about it."""
 
 from __future__ import annotations
 
@@ -11,126 +8,11 @@ from dataclasses import dataclass
 
 from pyengine import quant
 from pyengine.errors import InvalidArgument
+from pyengine.recipe import RECIPES, Facts, Recipe, find_recipe, fitting
+
+__all__ = ["QUANTISATION_VERSION", "RECIPES", "Choice", "Facts", "Recipe", "find_recipe", "make_choice"]
 
 QUANTISATION_VERSION = 2  # of the block formats: general.quantization_version
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a recipe looks at beside the tensor: layers, query heads for each KV head, tied head, importance given."""
-
-    arch: str
-    layers: int
-    group: int
-    tied: bool
-    importance: bool = False
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What ``--type`` stands for.
-
-    Attributes:
-        name: as on the command line, in capitals.
-        file_type: ``general.file_type``.
-        type: format of matrices.
-        head: format of the matrix that makes the logits: ``output.weight``, or the embedding where it is tied.
-    """
-
-    name: str
-    file_type: int
-    type: str
-    head: str = "Q6_K"
-
-    def usual(self, part: str, layer: int, facts: Facts) -> str:
-        """The format of a layer's matrix: ``part`` is its name there ("attn_v")."""
-        if part == "attn_v":
-            return self._attn_v(layer, facts)
-        if part == "ffn_down":
-            return self._ffn_down(layer, facts)
-        if part == "attn_output":
-            return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(self.name, self.type)
-        return self.type
-
-    def _attn_v(self, layer: int, facts: Facts) -> str:
-        kind = self.type
-        if self.name == "Q2_K":
-            kind = "Q4_K" if facts.group >= 4 else "Q3_K"
-        elif self.name == "Q3_K_M":
-            kind = "Q5_K" if layer < 2 else "Q4_K"
-        elif (
-            self.name == "Q3_K_L"
-            or (self.name.startswith("IQ4") and facts.group >= 4)
-            or (self.name == "Q4_K_S" and layer < 4)
-        ):
-            kind = "Q5_K"
-        elif self.name in {"Q4_K_M", "Q5_K_M"} and _counts_more(layer, facts.layers):
-            kind = "Q6_K"
-        if facts.arch == "llama" and facts.layers == 80 and kind in {"Q3_K", "Q4_K"}:
-            return "Q5_K"  # the 70B models: eight heads share a value matrix, which is small
-        return kind
-
-    def _ffn_down(self, layer: int, facts: Facts) -> str:
-        early = layer < facts.layers // 8
-        if self.name == "Q2_K":
-            return "Q3_K"
-        if self.name == "Q3_K_M":
-            return "Q5_K" if layer < facts.layers // 16 else "Q4_K"
-        if self.name == "Q3_K_L" or (self.name == "Q4_K_S" and early):
-            return "Q5_K"
-        if self.name in {"Q4_K_M", "Q5_K_M"} and _counts_more(layer, facts.layers):
-            return "Q6_K"
-        if self.name.startswith("IQ4") and early and not facts.importance:
-            return "Q5_K"
-        if self.name in {"Q4_0", "Q5_0"} and early and facts.importance:
-            return self.name[:-1] + "1"
-        return self.type
-
-
-def _counts_more(layer: int, layers: int) -> bool:
-    """The first and last eighth of the layers, and every third between."""
-    eighth = layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
-
-
-RECIPES: dict[str, Recipe] = {
-    r.name: r
-    for r in (
-        Recipe("F32", 0, "F32", "F32"),
-        Recipe("F16", 1, "F16", "F16"),
-        Recipe("BF16", 32, "BF16", "BF16"),
-        Recipe("Q8_0", 7, "Q8_0", "Q8_0"),
-        Recipe("Q6_K", 18, "Q6_K"),
-        Recipe("Q5_K_M", 17, "Q5_K"),
-        Recipe("Q5_K_S", 16, "Q5_K"),
-        Recipe("Q5_1", 9, "Q5_1"),
-        Recipe("Q5_0", 8, "Q5_0"),
-        Recipe("Q4_K_M", 15, "Q4_K"),
-        Recipe("Q4_K_S", 14, "Q4_K"),
-        Recipe("Q4_1", 3, "Q4_1"),
-        Recipe("Q4_0", 2, "Q4_0"),
-        Recipe("IQ4_NL", 25, "IQ4_NL"),
-        Recipe("IQ4_XS", 30, "IQ4_XS"),
-        Recipe("Q3_K_L", 13, "Q3_K"),
-        Recipe("Q3_K_M", 12, "Q3_K"),
-        Recipe("Q3_K_S", 11, "Q3_K"),
-        Recipe("Q2_K", 10, "Q2_K"),
-    )
-}
-
-# Rows that are no whole number of the type's blocks of 256 get the nearest type with blocks of 32.
-_SMALLER_BLOCKS = {
-    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
-}  # fmt: skip
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
-
-
-def find_recipe(name: str) -> Recipe:
-    """The recipe of a name, in any case. Errors: ``InvalidArgument``."""
-    recipe = RECIPES.get(name.upper())
-    if recipe is None:
-        raise InvalidArgument(f"unknown type {name!r}; known are {', '.join(RECIPES)}", code="unknown_type")
-    return recipe
 
 
 @dataclass(frozen=True)
@@ -156,30 +38,25 @@ class Choice:
         """
         if len(shape) < 2:
             return "F32", ""
-        chosen, note = self._wanted(name, facts)
-        cols = shape[-1]
-        if cols % quant.find(chosen).block_size:
-            chosen = _SMALLER_BLOCKS.get(chosen, chosen)
-            if cols % quant.find(chosen).block_size:
-                chosen = "F16"
-            note = f"rows of {cols} are no multiple of {256 if chosen != 'F16' else 32}"
+        wanted, note = self._wanted(name, facts)
+        chosen = fitting(wanted, shape[-1])
+        if chosen != wanted:
+            note = f"rows of {shape[-1]} are no multiple of {256 if chosen != 'F16' else 32}"
         return chosen, note
 
     def _wanted(self, name: str, facts: Facts) -> tuple[str, str]:
         for pattern, kind in self.overrides:
             if pattern.search(name):
                 return kind, "as asked"
-        is_head = name == ("token_embd.weight" if facts.tied else "output.weight")
+        is_head = name == facts.head_name
         if name == "token_embd.weight" and self.embedding is not None:
             return self.embedding, "as asked"
         if is_head and self.output is not None:
             return self.output, "as asked"
         if self.pure:
             return self.recipe.type, ""
-        if is_head:
-            return self.recipe.head, "makes the logits" if self.recipe.head != self.recipe.type else ""
-        layer = _LAYER.fullmatch(name)
-        return self.recipe.usual(layer[2], int(layer[1]), facts) if layer else self.recipe.type, ""
+        changed = is_head and self.recipe.head != self.recipe.type
+        return self.recipe.usual(name, facts), "makes the logits" if changed else ""
 
 
 def make_choice(
