@@ -114,7 +114,7 @@ def test_a_png_needs_matplotlib_and_says_so(tmp_path: Path) -> None:
         (["r1-8b-card", "--ram", "1G"], 2, "ram is 1 GiB; expected more than 2"),
         (["r1-8b-card", "-c", "64q"], 2, "'64q' is no number of tokens; expected such as 4096 or 4k"),
         (["r1-8b-card", "-c", "128k"], 2, "a context of 131072 tokens; expected 1..65536"),
-        (["r1-8b-card", "-q", "Q9"], 2, "unknown quantisation 'Q9'; known: F32, F16"),
+        (["r1-8b-card", "-q", "Q9"], 2, "unknown type 'Q9'; known are F32, F16"),
         (["r1-8b-card", "--kv-type", "q4"], 2, "a KV type is 'q4'; expected f16, f32, q8_0"),
         (["r1-8b-card", "--plot", "plan.jpg"], 2, "plan.jpg: pictures are .svg or .png"),
         (["missing.gguf"], 1, "missing.gguf"),

@@ -210,7 +210,7 @@ def test_what_is_no_model_is_refused_with_what_was_found_and_expected(tmp_path: 
     [
         ({"contexts": [65537]}, "a context of 65537 tokens; expected 1..65536"),
         ({"contexts": [0]}, "expected 1..65536"),
-        ({"quantisations": ["Q4_X"]}, "unknown quantisation 'Q4_X'; known: F32"),
+        ({"quantisations": ["Q4_X"]}, "unknown type 'Q4_X'; known are F32"),
         ({"quantisations": []}, "no quantisation"),
         ({"kv_types": ["q4_0"]}, "a KV type is 'q4_0'; expected f16"),
         ({"ram": 2 * GIB}, "ram is 2 GiB; expected more than 2"),
