@@ -14,6 +14,7 @@
  *    A returned pointer is owned by the handle it came from and dies with it.
  *  - Threads: a pe_file and a pe_model are immutable once opened, any number of threads may use them. A pe_session
  *    belongs to one thread at a time, except pe_session_cancel, which any thread may call at any moment.
+ *  - A call needs at most 256 KiB of the calling thread's stack.
  *  - The library prints nothing, never exits, installs no signal handlers.
  *
  * A complete host:

@@ -43,3 +43,25 @@ def test_an_unknown_tier_is_an_error_that_names_it_and_what_there_is(tier: str) 
     assert "CpuError" in done.stderr
     assert 'asks for "sse9"' in done.stderr
     assert "scalar" in done.stderr
+
+
+ON_A_SMALL_STACK = """
+import sys, threading, pyengine
+def work():
+    with pyengine.Model.open(sys.argv[1]) as model, model.session(n_ctx=512, threads=1) as session:
+        session.eval(list(range(3, 303)))
+        session.eval([3])
+        print("done")
+threading.stack_size(256 << 10)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("tier", quant.tiers())
+def test_a_call_gets_along_with_the_stack_the_header_promises(tier: str) -> None:
+    command = [sys.executable, "-P", "-c", ON_A_SMALL_STACK, str(pyengine.demo_model_path())]
+    environment = {**os.environ, "PYENGINE_ISA": tier}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
