@@ -14,8 +14,8 @@ namespace {
 // a quarter of that: nobody waits long for the thread that took the last one.
 constexpr size_t kFewTokens = 8;
 constexpr size_t kTaskRowsMin = 32;
-constexpr size_t kTaskRowsMax = 384;
-constexpr size_t kTasksPerThread = 8;
+constexpr size_t kTaskRowsMax = 4096;
+constexpr size_t kTasksPerThread = 2;
 // Many tokens: tasks of as many rows as the kernels want, if every thread gets some. A cancel is polled between tasks: the
 // slowest kernel, the scalar one, takes 0.15 s for its 16 rows.
 constexpr size_t kTasksPerThreadMany = 4;

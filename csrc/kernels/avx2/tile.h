@@ -235,11 +235,11 @@ inline void add_block(const __m256 d[2], const float* const scale[kTokens], size
   }
 }
 
-// Asks for `bytes` bytes from p on, into the second-level cache. Eight rows are eight streams, too short for the
+// Asks for `bytes` bytes from p on. Eight rows are eight streams, too short for the
 // hardware to catch on before they end, so each group of rows fetches the next, in the order of the file. p may lie
 // past the end of the matrix: a prefetch reads nothing.
 inline void prefetch(const uint8_t* p, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+  for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
 }
 
 // Eight vectors of eight int32 -> the sum of each.
