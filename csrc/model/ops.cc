@@ -14,10 +14,10 @@ namespace {
 // a quarter of that: nobody waits long for the thread that took the last one.
 constexpr size_t kFewTokens = 8;
 constexpr size_t kTaskRowsMin = 32;
-constexpr size_t kTaskRowsMax = 4096;
+constexpr size_t kTaskRowsMax = 4096;  // of one token, fewer of several: a cancel is polled between tasks
 constexpr size_t kTasksPerThread = 2;
-// Many tokens: tasks of as many rows as the kernels want, if every thread gets some. A cancel is polled between tasks: the
-// slowest kernel, the scalar one, takes 0.15 s for its 16 rows.
+// Many tokens: tasks of as many rows as the kernels want, if every thread gets some. The slowest kernel, the scalar one,
+// takes 0.15 s for its 16 rows.
 constexpr size_t kTasksPerThreadMany = 4;
 constexpr size_t kTileRows = 32;
 // Attention of few tokens: chunks a thread takes at once, because a kernel fetches the keys that follow its own, and how
@@ -44,8 +44,9 @@ struct Tasks {
 
   Tasks(const Team& team, const Batch& b, size_t rows_, size_t tokens) : rows(rows_) {
     if (tokens <= kFewTokens) {
-      long_rows = whole_tiles(rows / (kTasksPerThread * team.size()), kTaskRowsMin, kTaskRowsMax);
-      short_rows = whole_tiles(long_rows / 4, kTaskRowsMin, kTaskRowsMax);
+      const size_t most = kTaskRowsMax / tokens / kTileRows * kTileRows;
+      long_rows = whole_tiles(rows / (kTasksPerThread * team.size()), kTaskRowsMin, most);
+      short_rows = whole_tiles(long_rows / 4, kTaskRowsMin, most);
     } else {
       const size_t wanted = b.kernels.linear_rows;
       long_rows = whole_tiles(rows / (kTasksPerThreadMany * team.size()), std::min(wanted, kTileRows), wanted);

@@ -5,13 +5,14 @@
 // unsigned, so a format with an offset subtracts offset * (sum of the activations) afterwards, from the sums that come with
 // the activations: one vpdpwssd where the scales are floats, a few per 256 columns where they are integers.
 //
-//   bound       one 512-bit vpdpbusd a cycle: 64 MAC/cycle; sub-blocks of 32 with an integer scale add vpmulld and
-//               vpaddd to 8 of them, blocks of 32 with a float scale two conversions and an fma
-//   registers   T int32 sums, T sums of sums (or floats), a step, and what the sub-block needs: T = 8 fits in 32
+//   bound       vpdpbusd: 128 MAC/cycle where two 512-bit operations start a cycle (Zen 5), 64 where one does (Zen 4). Q4_K: a
+//               token's 256 columns of 16 rows are 64 vpdpbusd, 8 vpmulld, 4 vpdpwssd, 2 products and 2 fmas: 101, or 51
+//   measured    Q4_K, Zen 5, kernel_check --bench, 256 tokens: 75-80 MAC/cycle; multiply_panel alone, from the caches, 98
+//   registers   R x T int32 sums of a sub-block and as many of the block (or floats), R steps, a broadcast: 2 x 6 and 1 x 8 fit 32
 //
 // Up to 8 tokens: a step is decoded, multiplied with every token and forgotten; the weights are read once. More: 256
-// columns of 16 rows are decoded into a panel of 16 KiB in the first-level cache, and a batch of tokens meets it, 8 at a
-// time, before the next is decoded.
+// columns of 32 rows are decoded into two panels of 16 KiB in the first-level cache, and a batch of tokens meets them, 6 at
+// a time, each broadcast multiplied with both, before the next are decoded.
 #pragma once
 
 #include <immintrin.h>
