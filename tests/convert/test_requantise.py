@@ -130,6 +130,9 @@ def imatrix(path: Path, tensors: dict[str, Floats], counts: float = 7.0, kind: s
     """As llama.cpp writes them, with the format's own package."""
     writer = GGUFWriter(path, "llama")
     writer.add_string("general.type", kind)
+    writer.add_array("imatrix.datasets", ["text"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 512)
     for name, mean in tensors.items():
         writer.add_tensor(f"{name}.in_sum2", (mean * counts).reshape(1, -1).astype(np.float32))
         writer.add_tensor(f"{name}.counts", np.array([[counts]], np.float32))
@@ -182,7 +185,7 @@ def test_a_file_that_is_no_fitting_importance_matrix_is_refused(tmp_path: Path) 
         "general.type": imatrix(tmp_path / "1.gguf", one, kind="model"),
         "128 columns": imatrix(tmp_path / "2.gguf", {"blk.0.ffn_up.weight": np.ones(128, np.float32)}),
         "negative": imatrix(tmp_path / "3.gguf", {"blk.0.ffn_up.weight": -np.ones(256, np.float32)}),
-        "no tensor": imatrix(tmp_path / "4.gguf", one, counts=0.0),
+        "none with counts": imatrix(tmp_path / "4.gguf", one, counts=0.0),
     }.items():
         with pytest.raises(FormatError, match=words):
             convert(F16, tmp_path / "m.gguf", "q4_k_m", options=Options(imatrix=path))

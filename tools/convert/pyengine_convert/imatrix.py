@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import FormatError
-from pyengine.gguf_file import GgufFile
+from pyengine.imatrix import ImportanceMatrix
 
 Importance = Mapping[str, npt.NDArray[np.float32]]
-_SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
 def read_imatrix(path: Path) -> Importance:
@@ -24,18 +23,14 @@ def read_imatrix(path: Path) -> Importance:
 
     Errors: ``FileError``, ``FormatError``.
     """
-    with GgufFile.open(path) as file:
-        if file.metadata.get("general.type") != "imatrix":
-            raise FormatError(f'{path} is no importance matrix: its general.type is not "imatrix"', code="no_imatrix")
-        found = {}
-        for name in file.tensors:
-            if name.endswith(_SUMS):
-                tensor = name.removesuffix(_SUMS)
-                mean = _mean(file, path, tensor)
-                if mean is not None:
-                    found[tensor] = mean
+    found = {}
+    for name, entry in ImportanceMatrix.read(path).entries.items():
+        if entry.counts.size != 1:
+            raise FormatError(f"{path}: {name} has one row for each expert, which is not supported", code="bad_imatrix")
+        if entry.counts.item():
+            found[name] = (entry.squares.reshape(-1) / entry.counts.item()).astype(np.float32)
     if not found:
-        raise FormatError(f"{path} holds no tensor NAME{_SUMS} with counts", code="no_imatrix")
+        raise FormatError(f"{path} holds sums, but none with counts", code="no_imatrix")
     return found
 
 
@@ -49,17 +44,3 @@ def importance_of(importance: Importance, name: str, shape: tuple[int, ...]) -> 
             field=name,
         )
     return weights
-
-
-def _mean(file: GgufFile, path: Path, tensor: str) -> npt.NDArray[np.float32] | None:
-    if tensor + _COUNTS not in file.tensors:
-        raise FormatError(f"{path} has {tensor}{_SUMS} without {tensor}{_COUNTS}", code="no_imatrix", field=tensor)
-    sums, counts = file.dequantise(tensor + _SUMS), file.dequantise(tensor + _COUNTS)
-    if sums.shape[0] != 1 or counts.size != 1:
-        raise FormatError(f"{path}: {tensor} has one row for each expert, which is not supported", code="no_imatrix")
-    if counts[0, 0] == 0:
-        return None
-    mean = sums[0] / counts[0, 0]
-    if not (np.isfinite(mean).all() and (mean >= 0).all()):
-        raise FormatError(f"{path}: {tensor} has sums that are NaN, infinite or negative", code="bad_imatrix")
-    return mean
