@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 from pyengine.errors import Cancelled, ContextFull, InvalidArgument
-from pyengine.reasoning import ReasoningSplitter, overlap, reasoning_profile
+from pyengine.loops import LoopDetector
+from pyengine.reasoning import ReasoningSplitter, reasoning_profile
 from pyengine.sampling import Sampler, SampleResult, SamplerSettings
 from pyengine.speculate import Drafter, Lookahead, LookaheadSession, ModelDrafter, NgramDrafter
+from pyengine.stops import StopMatcher
 
 if TYPE_CHECKING:
     from pyengine.chat import ChatTemplate
@@ -38,7 +40,8 @@ class Reasoning:
     """A piece of the model's reasoning.
 
     ``tokens``: the tokens taken since the event before. Text may be held back for a while (unfinished characters,
-    beginnings of markers and stop strings), so tokens and text agree over the whole stream, not piece by piece.
+    beginnings of markers and stop strings), so tokens and text agree over the whole stream, not piece by piece. A last
+    piece without text brings the tokens that closed the reasoning.
     """
 
     text: str
@@ -53,7 +56,7 @@ class Text:
     tokens: tuple[SampleResult, ...] = ()
 
 
-EndReason = Literal["eog", "stop", "length", "context", "cancelled"]
+EndReason = Literal["eog", "stop", "length", "loop", "context", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class End:
 
     Attributes:
         reason: ``"eog"`` the model ended; ``"stop"`` a stop string (``stop`` says which, it is not in the text);
-            ``"length"`` ``max_tokens`` reached; ``"context"`` the context is full (``stats`` has the numbers);
-            ``"cancelled"`` ``session.cancel()``.
+            ``"length"`` ``max_tokens`` reached; ``"loop"`` ``loop_limit`` reached; ``"context"`` the context is
+            full (``stats`` has the numbers); ``"cancelled"`` ``session.cancel()``.
         stats: the numbers.
         tokens: tokens that no text event carried, such as the end marker.
         stop: the stop string met.
@@ -164,41 +167,6 @@ class GenerationSession(LookaheadSession, Protocol):
     def clear_cancel(self) -> None: ...
 
 
-# ---- stop strings ----
-
-
-class StopMatcher:
-    """Finds the first stop string in streamed text, wherever the pieces are cut.
-
-    Of several stop strings the one that is complete first counts (of those, the one that began first), as if the text
-    arrived character by character. Text that may become a stop string is held back.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-        self.matched: str | None = None
-
-    def feed(self, text: str) -> str:
-        """Text that is certainly outside every stop string. Nothing comes after a match."""
-        if self.matched is not None:
-            return ""
-        text = self._held + text
-        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if hits:
-            _, at, self.matched = min(hits)
-            self._held = ""
-            return text[:at]
-        held = max((overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def flush(self) -> str:
-        """The text still held back, once it is known that nothing follows."""
-        held, self._held = self._held, ""
-        return held
-
-
 # ---- generation ----
 
 Speculate = Literal["ngram", "off"] | Drafter
@@ -215,6 +183,7 @@ def generate(
     reasoning: bool = True,
     starts_in_reasoning: bool = False,
     think_budget: int | None = None,
+    loop_limit: int | None = None,
     on_prefill: Callable[[int, int], object] | None = None,
     speculate: Speculate = "ngram",
 ) -> Iterator[Event]:
@@ -233,6 +202,8 @@ def generate(
         reasoning: whether to tell reasoning from answer; ``False`` makes everything :class:`Text`.
         starts_in_reasoning: the prompt ends inside a reasoning section (``<think>`` opened by the template).
         think_budget: after so many tokens of reasoning, close it and let the model answer; ``None``: no limit.
+        loop_limit: end an answer (or thought) that repeats one passage, token for token, for so many tokens and at
+            least three times in a row (:class:`pyengine.loops.LoopDetector`); ``None``: never.
         on_prefill: called with (tokens done, tokens to do) while the prompt is evaluated.
         speculate: how to guess tokens that are then checked several at a time: ``"ngram"`` by what followed the same
             tokens before, where that is quicker; ``"off"``; or a :class:`pyengine.speculate.ModelDrafter`. No effect
@@ -246,7 +217,8 @@ def generate(
     ids = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else [int(i) for i in prompt]
     if not ids:
         raise InvalidArgument("the prompt is empty", code="empty_prompt")
-    for name, value, least in (("max_tokens", max_tokens, 1), ("think_budget", think_budget, 0)):
+    limits = (("max_tokens", max_tokens, 1), ("think_budget", think_budget, 0), ("loop_limit", loop_limit, 1))
+    for name, value, least in limits:
         if value is not None and value < least:
             raise InvalidArgument(
                 f"{name} is {value}; expected at least {least}, or None", code="bad_option", field=name
@@ -262,7 +234,7 @@ def generate(
         )
     sampler = Sampler(settings, tokenizer)
     drafter = _drafter(speculate, sampler)
-    run = _Run(session, tokenizer, ids, sampler, max_tokens, think_budget, on_prefill, drafter)
+    run = _Run(session, tokenizer, ids, sampler, max_tokens, think_budget, loop_limit, on_prefill, drafter)
     return run.events(_Output(tokenizer, stop, reasoning, starts_in_reasoning))
 
 
@@ -303,8 +275,12 @@ class _Output:
         return self._stop.matched
 
     def feed(self, token: SampleResult) -> Iterator[Event]:
+        was_reasoning = self.in_reasoning
         self.tokens.append(token)
-        return self._emit(self._split(self._stream.feed(token.id)))
+        yield from self._emit(self._split(self._stream.feed(token.id)))
+        if was_reasoning and not self.in_reasoning and self.tokens:
+            tokens, self.tokens = tuple(self.tokens), []
+            yield Reasoning("", tokens)
 
     def finish(self) -> Iterator[Event]:
         """The text held back."""
@@ -349,6 +325,7 @@ class _Run:
         sampler: Sampler,
         max_tokens: int | None,
         think_budget: int | None,
+        loop_limit: int | None,
         on_prefill: Callable[[int, int], object] | None,
         drafter: Drafter | None,
     ) -> None:
@@ -360,6 +337,7 @@ class _Run:
         self.history = array("q", prompt)  # prompt and generated ids
         self.max_tokens = max_tokens
         self.think_budget = think_budget
+        self.loops = LoopDetector(loop_limit) if loop_limit is not None else None
         self.on_prefill = on_prefill
         self.n_reused = self.n_reasoning = 0
         self.prefill_seconds = self.decode_seconds = 0.0
@@ -401,6 +379,8 @@ class _Run:
                 return "stop"
             if self._is_long_enough():
                 return "length"
+            if self.loops is not None and self.loops.feed(result.id):
+                return "loop"
             pending = [result.id]
 
     def _room(self) -> int | None:
@@ -474,7 +454,7 @@ class Chat:
         settings: how to choose tokens; by default what the model recommends.
         template: by default the model's; also Jinja source, or a name (see ``ChatTemplate.from_metadata``).
         session: by default a new one, closed by :meth:`close`.
-        max_tokens, stop, think_budget, on_prefill, speculate: see :func:`generate`; for every answer.
+        max_tokens, stop, think_budget, loop_limit, on_prefill, speculate: see :func:`generate`; for every answer.
 
     Errors: ``UnsupportedError`` when the model has no usable template.
     """
@@ -490,6 +470,7 @@ class Chat:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         think_budget: int | None = None,
+        loop_limit: int | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
         speculate: Speculate = "ngram",
     ) -> None:
@@ -506,6 +487,7 @@ class Chat:
         self.max_tokens = max_tokens
         self.stop = stop
         self.think_budget = think_budget
+        self.loop_limit = loop_limit
         self.on_prefill = on_prefill
         self.speculate = speculate
         self._system: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
@@ -534,6 +516,7 @@ class Chat:
             stop=self.stop,
             starts_in_reasoning=prompt.starts_in_reasoning,
             think_budget=self.think_budget,
+            loop_limit=self.loop_limit,
             on_prefill=self.on_prefill,
             speculate=self.speculate,
         )
@@ -558,6 +541,17 @@ class Chat:
             if reply.reasoning:
                 answer["reasoning_content"] = reply.reasoning
             self.messages += [user, answer]
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt. Setting it (None: none) changes what the next answer reads; the conversation stays."""
+        return self._system[0]["content"] if self._system else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        rest = self.messages[len(self._system) :]
+        self._system = [] if text is None else [{"role": "system", "content": text}]
+        self.messages = [*self._system, *rest]
 
     def undo(self) -> bool:
         """Takes back the last message of the user and everything after it; False when there is none."""

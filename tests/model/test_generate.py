@@ -296,7 +296,12 @@ def test_the_same_seed_draws_the_same_text() -> None:
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [({"max_tokens": 0}, "max_tokens"), ({"think_budget": -1}, "think_budget"), ({"stop": "x"}, "stop")],
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"think_budget": -1}, "think_budget"),
+        ({"loop_limit": 0}, "loop_limit"),
+        ({"stop": "x"}, "stop"),
+    ],
 )
 def test_impossible_options_are_refused_at_once(options: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidArgument) as error:
@@ -496,3 +501,26 @@ def test_a_full_context_ends_the_answer_and_keeps_it(chat: Chat) -> None:
     events = list(chat.send("x" * 50 + "?"))
     assert last(events).reason == "context"
     assert chat.messages[-1]["content"] == "yes inde"
+
+
+# ---- going round in circles ----
+
+
+def test_an_answer_that_repeats_itself_is_ended_and_says_so() -> None:
+    script = "<think>so</think>Well. " + "again " * 500
+    events = run(Scripted(says(script)), loop_limit=100)
+    assert last(events).reason == "loop"
+    assert collect(events).text == "Well." + (" again" * 100)[:100]
+    assert last(run(Scripted(says(script)))).reason == "eog"  # nobody asked
+
+
+def test_a_thought_that_repeats_itself_is_ended_too() -> None:
+    events = run(Scripted(says("<think>" + "wait, " * 500)), loop_limit=100)
+    assert (last(events).reason, collect(events).text) == ("loop", "")
+
+
+def test_the_end_of_a_thought_is_told_at_once_with_its_tokens() -> None:
+    events = run(Scripted(says("<think>why\n</think>\n\nbecause")))
+    thought = [event for event in events if isinstance(event, Reasoning)]
+    assert thought[-1].text == ""
+    assert sum(len(event.tokens) for event in thought) == len("<think>why\n</think>")
