@@ -319,6 +319,17 @@ def _choose(metadata: Mapping[str, Any], tokenizer: Tokenizer, override: str | N
     )
 
 
+def check_messages(messages: Sequence[Message]) -> None:
+    """Whether a prompt can be made of them. Errors: ``InvalidArgument``, ``UnsupportedError``, naming the message."""
+    for index, message in enumerate(messages):
+        _checked(message, index)
+        for text in _texts(message):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise InvalidArgument(f"message {index + 1} is not valid Unicode", code="invalid_text") from None
+
+
 def _checked(message: Message, index: int) -> dict[str, Any]:
     def bad(problem: str) -> InvalidArgument:
         return InvalidArgument(f"message {index + 1} {problem}", code="bad_message")

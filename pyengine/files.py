@@ -28,11 +28,15 @@ def check_target(path: Path, *, force: bool, size: int = 0) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the name, and the place of a file that had it, when the block ends without an error."""
+def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """A new file that takes the name, and the place of a file that had it, when the block ends without an error.
+
+    ``private``: nobody but its owner may read it.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    mode = 0o600 if private else 0o666
     try:
-        with open(part, "xb") as file:
+        with open(part, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -476,6 +476,7 @@ class Chat:
     ) -> None:
         from pyengine.chat import ChatTemplate  # here, because its imports cost programs without chats 0.1 s
 
+        self.model = model
         self.tokenizer = model.tokenizer
         if template is None or isinstance(template, str):
             template = ChatTemplate.from_metadata(model.metadata, self.tokenizer, override=template)

@@ -93,6 +93,18 @@ class Model:
         ready = self._tokenizer.result() if self._tokenizer is not None else None
         return ready or Tokenizer.from_metadata(self.metadata)
 
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """64 bits that tell models apart by what keys and values depend on; see ``pe_model_fingerprint``."""
+        return self._core.fingerprint()
+
+    @functools.cached_property
+    def vocabulary(self) -> bytes:
+        """SHA-256 of the file's tokens; equal for models of one vocabulary."""
+        from pyengine.saved_logits import vocabulary_hash
+
+        return vocabulary_hash(self.metadata.get("tokenizer.ggml.tokens", ()))
+
     def session(
         self, n_ctx: int = 0, threads: int = 0, threads_prefill: int = 0, kv_type: KvType = "f16", chunk: int = 0
     ) -> Session:
@@ -171,6 +183,7 @@ class Session:
         self._core = _core.Session(model._core, *options)
         self.n_ctx = self._core.context()
         self.threads = self._core.threads()
+        self.kv_type: KvType = kv_type
 
     def eval(
         self,
@@ -219,6 +232,27 @@ class Session:
         Returns how many tokens it holds: evaluate ``tokens[held:]`` next.
         """
         return self._core.reuse(_ids(tokens))
+
+    def state_bytes(self, n: int) -> int:
+        """Bytes of a state of ``n`` tokens. Errors: ``InvalidArgument`` unless 1 <= n <= ``n_ctx``."""
+        return self._core.state_bytes(_count(n))
+
+    def save(self, first: int = 0, n: int | None = None) -> npt.NDArray[np.uint8]:
+        """The state of positions ``first`` .. ``first + n - 1`` (default: all the rest): their tokens, keys and values,
+        with what is needed to recognise them, uint8 [state_bytes(n)].
+
+        Errors: ``InvalidArgument`` when the session holds fewer.
+        """
+        return self._core.save(_count(first), _count(len(self) - first if n is None else n))
+
+    def restore(self, state: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> None:
+        """Appends the tokens of a state that :meth:`save` gave, here or in another process; what follows is the same,
+        to the bit, as if the session had evaluated them. It holds exactly the tokens that came before them.
+
+        Errors, and the session is as it was: ``FormatError`` (no state, cut, damaged), ``InvalidArgument`` (of another
+        model or ``kv_type``, follows other tokens), ``UnsupportedError`` (another numerics epoch), ``ContextFull``.
+        """
+        self._core.restore(state)
 
     def observe(self, on: bool = True) -> None:
         """From now on every eval adds up the squares of what each matrix reads, starting at zero; ``False``: no longer.
@@ -296,6 +330,12 @@ def _options(
         if not 0 <= value < 2**32:
             raise InvalidArgument(f"{name} is {value}; expected 0..2^32-1", code="bad_option")
     return n_ctx, threads, threads_prefill, KV_TYPES[kv_type], chunk
+
+
+def _count(n: int) -> int:
+    if not 0 <= n < 2**63:
+        raise InvalidArgument(f"{n} is no number of tokens", code="bad_length")
+    return n
 
 
 def _ids(tokens: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:

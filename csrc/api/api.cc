@@ -242,6 +242,13 @@ pe_status pe_model_get_info(const pe_model* model, pe_model_info* out) {
   });
 }
 
+pe_status pe_model_fingerprint(const pe_model* model, uint64_t* out) {
+  return guarded([&] {
+    not_null(out, "out") = 0;
+    *out = not_null(model, "model").model->fingerprint();
+  });
+}
+
 const pe_file* pe_model_file(const pe_model* model) { return model ? &model->file : nullptr; }
 
 // ---- sessions ----
@@ -329,6 +336,29 @@ pe_status pe_session_reuse(pe_session* session, const int32_t* tokens, size_t n,
     not_null(kept, "kept") = 0;
     if (n) not_null(tokens, "tokens");
     *kept = not_null(session, "session").session.reuse(tokens, n);
+  });
+}
+
+pe_status pe_session_state_bytes(const pe_session* session, size_t n, uint64_t* bytes) {
+  return guarded([&] {
+    not_null(bytes, "bytes") = 0;
+    *bytes = not_null(session, "session").session.state_bytes(n);
+  });
+}
+
+pe_status pe_session_save(pe_session* session, size_t first, size_t n, void* data, size_t size) {
+  return guarded([&] {
+    Session& s = not_null(session, "session").session;
+    not_null(static_cast<char*>(data), "data");
+    s.save(first, n, static_cast<uint8_t*>(data), size);
+  });
+}
+
+pe_status pe_session_restore(pe_session* session, const void* data, size_t size) {
+  return guarded([&] {
+    Session& s = not_null(session, "session").session;
+    if (size) not_null(static_cast<const char*>(data), "data");
+    s.restore(static_cast<const uint8_t*>(data), size);
   });
 }
 

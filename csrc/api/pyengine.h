@@ -254,6 +254,10 @@ pe_status pe_model_open(const char* path, const pe_model_options* options, pe_mo
 /* Sessions keep the model alive: closing first is safe, the memory goes with the last session. */
 void pe_model_close(pe_model* model);
 pe_status pe_model_get_info(const pe_model* model, pe_model_info* out);
+/* Tells models apart by what keys and values depend on: the numbers of the configuration (with rope_attn_scale), and of each
+ * tensor its name, type, shape and a sample of its bytes. Not by names or templates. The first call reads a few pages of each
+ * tensor. It finds the wrong file; it proves nothing against one made to deceive. PE_E_ARGUMENT. */
+pe_status pe_model_fingerprint(const pe_model* model, uint64_t* out);
 /* The file behind the model, for its metadata. Dies with the model: do not close it. */
 const pe_file* pe_model_file(const pe_model* model);
 
@@ -333,6 +337,25 @@ pe_status pe_session_truncate(pe_session* session, size_t n);
  * other sessions of the same model with the same cache type hold (they may be in use), and what such sessions let go, as
  * far as the model's prefix_bytes allow. No effect on any logit. PE_E_ARGUMENT for n = 0. */
 pe_status pe_session_reuse(pe_session* session, const int32_t* tokens, size_t n, size_t* kept);
+
+/* Saving what a session holds, so that another one - tomorrow, in another process - goes on without reading the text again,
+ * with the same bits as if it had never stopped.
+ *
+ * A state is the tokens of some consecutive positions with their keys and values, and says of itself which model, cache type
+ * and numerics epoch they are of, which tokens come before them, and whether it is whole. A long text may be saved in pieces
+ * and restored piece by piece, in order; what is in memory at once is then one piece. */
+
+/* Bytes of a state of n tokens of this session, 1 <= n <= its context. PE_E_ARGUMENT. */
+pe_status pe_session_state_bytes(const pe_session* session, size_t n, uint64_t* bytes);
+/* Writes the state of positions first .. first + n - 1, which the session holds, to `data`; `size` is what
+ * pe_session_state_bytes says. PE_E_ARGUMENT. */
+pe_status pe_session_save(pe_session* session, size_t first, size_t n, void* data, size_t size);
+/* Appends the tokens of a state, with their keys and values, to the session, which holds exactly the tokens that came before
+ * them (none, for a state from position 0). Everything is checked first; on failure the session is as it was:
+ * PE_E_FORMAT when it is no state, cut, damaged or of another version; PE_E_ARGUMENT when it is of another model, another
+ * cache type, or follows other tokens; PE_E_UNSUPPORTED when it is of another numerics epoch; PE_E_CONTEXT_FULL.
+ * The keys are believed as the weights of a model are: a state made to deceive gives other logits, never a crash. */
+pe_status pe_session_restore(pe_session* session, const void* data, size_t size);
 
 /* What one matrix of the model was multiplied with, added up. */
 typedef struct pe_input {

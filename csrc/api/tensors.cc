@@ -16,6 +16,7 @@
 #include "gguf/types.h"
 #include "kernels/kernels.h"
 #include "model/model.h"
+#include "model/numerics_epoch.h"
 #include "quant/formats.h"
 #include "quant/fp16.h"
 #include "runtime/thread_pool.h"
@@ -23,9 +24,6 @@
 using namespace pe;
 
 namespace {
-
-// Bumped whenever any logit of any file may change; docs/numerics.md keeps the history.
-constexpr uint32_t kNumericsEpoch = 1;
 
 constexpr uint32_t kMaxQuantiseThreads = 512;
 constexpr size_t kMaxAttendHeads = 65536, kMaxAttendDim = 65536;

@@ -237,6 +237,17 @@ class Model {
     return handle_;
   }
   File file() const { return File(handle(), pe_model_file(handle()->raw)); }
+  uint64_t fingerprint() const {
+    const std::shared_ptr<ModelHandle> keep = handle();
+    uint64_t out = 0;
+    pe_status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = pe_model_fingerprint(keep->raw, &out);
+    }
+    check(status);
+    return out;
+  }
   py::dict info() const {
     pe_model_info i;
     pe_model_info_init(&i);
@@ -349,6 +360,31 @@ class Session {
     }
     check(status);
     return kept;
+  }
+  uint64_t state_bytes(size_t n) const {
+    uint64_t bytes = 0;
+    check(pe_session_state_bytes(handle()->raw, n, &bytes));
+    return bytes;
+  }
+  // Of positions [first, first + n): uint8 [state_bytes(n)].
+  py::array_t<uint8_t> save(size_t first, size_t n) {
+    const std::shared_ptr<SessionHandle> keep = handle();
+    const uint64_t size = state_bytes(n);
+    py::array_t<uint8_t> out(static_cast<py::ssize_t>(size));
+    uint8_t* data = out.mutable_data();
+    pe_status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = pe_session_save(keep->raw, first, n, data, size);
+    }
+    check(status);
+    return out;
+  }
+  // What a state is checked for must not change while it is used: the caller's buffer is read under the GIL.
+  void restore(const py::buffer& state) {
+    const py::buffer_info info = state.request();
+    if (info.ndim != 1 || info.itemsize != 1) throw py::value_error("expected bytes");
+    check(pe_session_restore(handle()->raw, info.ptr, static_cast<size_t>(info.size)));
   }
   void cancel() {
     if (handle_) pe_session_cancel(handle_->raw);
@@ -570,6 +606,7 @@ PYBIND11_MODULE(_core, m) {
                   py::arg("progress"), py::arg("prefix_bytes"))
       .def("close", &Model::close)
       .def("file", &Model::file)
+      .def("fingerprint", &Model::fingerprint)
       .def("info", &Model::info);
 
   py::class_<Session>(m, "Session")
@@ -586,6 +623,9 @@ PYBIND11_MODULE(_core, m) {
       .def("tokens", &Session::tokens)
       .def("truncate", &Session::truncate, py::arg("n"))
       .def("reuse", &Session::reuse, py::arg("tokens"))
+      .def("state_bytes", &Session::state_bytes, py::arg("n"))
+      .def("save", &Session::save, py::arg("first"), py::arg("n"))
+      .def("restore", &Session::restore, py::arg("state"))
       .def("cancel", &Session::cancel)
       .def("clear_cancel", &Session::clear_cancel);
 }

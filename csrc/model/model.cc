@@ -1,7 +1,11 @@
 #include "model/model.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "base/error.h"
 #include "base/fp_env.h"
+#include "base/hash.h"
 #include "base/text.h"
 
 namespace pe {
@@ -39,6 +43,40 @@ std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOpt
   }
   report(1.0f);
   return m;
+}
+
+namespace {
+
+constexpr uint64_t kSamples = 4, kSampleBytes = 256;  // of a tensor, evenly spread
+
+uint64_t hash_config(uint64_t h, const ModelConfig& c) {
+  h = hash_bytes(h, c.arch->name, std::strlen(c.arch->name));
+  for (const size_t n : {c.n_vocab, c.n_layers, c.n_embd, c.n_ff, c.n_heads, c.n_kv_heads, c.head_dim_k, c.head_dim_v,
+                         c.rope.dims, static_cast<size_t>(c.rope.scaling)})
+    h = hash_word(h, n);
+  for (const double x : {static_cast<double>(c.rms_eps), c.rope.base, c.rope.factor, c.rope.orig_ctx, c.rope.beta_fast,
+                         c.rope.beta_slow, c.rope.attn_scale})
+    h = hash_bytes(h, &x, sizeof x);
+  return h;
+}
+
+uint64_t hash_tensor(uint64_t h, const gguf::TensorInfo& t) {
+  h = hash_word(hash_bytes(h, t.name.data(), t.name.size()), t.type);
+  h = hash_bytes(h, t.dims, sizeof t.dims);
+  const uint64_t n = std::min(kSampleBytes, t.size);
+  for (uint64_t i = 0; i < kSamples; ++i) h = hash_bytes(h, t.data + (t.size - n) / (kSamples - 1) * i, n);
+  return h;
+}
+
+}  // namespace
+
+uint64_t Model::fingerprint() const {
+  std::call_once(fingerprint_once_, [this] {
+    uint64_t h = hash_config(3, config_);
+    for (const gguf::TensorInfo& t : file_->tensors()) h = hash_tensor(h, t);
+    fingerprint_ = h;
+  });
+  return fingerprint_;
 }
 
 }  // namespace pe

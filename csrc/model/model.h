@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "gguf/reader.h"
@@ -31,6 +32,9 @@ class Model {
   const KernelTable& kernels() const { return *kernels_; }
   uint64_t n_params() const { return n_params_; }
   uint64_t weight_bytes() const { return weight_bytes_; }
+  // Of what keys and values depend on: the numbers of the configuration, and of each tensor its name, type, shape and a
+  // sample of its bytes. The first call reads those samples, a few pages a tensor.
+  uint64_t fingerprint() const;
 
  private:
   Model() = default;
@@ -40,6 +44,8 @@ class Model {
   const KernelTable* kernels_ = nullptr;
   uint64_t n_params_ = 0;
   uint64_t weight_bytes_ = 0;
+  mutable std::once_flag fingerprint_once_;
+  mutable uint64_t fingerprint_ = 0;
 };
 
 }  // namespace pe

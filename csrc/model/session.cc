@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "base/fp_env.h"
 #include "gguf/limits.h"
+#include "model/session_state.h"
 
 namespace pe {
 
@@ -182,6 +183,33 @@ size_t Session::reuse(const int32_t* tokens, size_t n) {
   if (prefixes_ && held.size() >= kept + PrefixCache::kBlock) prefixes_->keep(sequence_);
   sequence_.resize(kept);
   return prefixes_ ? prefixes_->extend(sequence_, tokens, n - 1) : kept;
+}
+
+size_t Session::state_bytes(size_t n) const {
+  if (n == 0 || n > options_.n_ctx)
+    throw Error(Status::kArgument, "bad_length",
+                "a state holds 1.." + std::to_string(options_.n_ctx) + " tokens here; asked were " + std::to_string(n));
+  return pe::state_bytes(sequence_.kv.shape(), n);
+}
+
+void Session::save(size_t first, size_t n, uint8_t* out, size_t size) {
+  const Use use(*this);
+  const size_t needed = state_bytes(n);
+  const size_t held = sequence_.tokens.size();
+  if (first > held || n > held - first)
+    throw Error(Status::kArgument, "bad_length",
+                "cannot save " + std::to_string(n) + " tokens from position " + std::to_string(first) +
+                    ": the session holds " + std::to_string(held));
+  if (size != needed)
+    throw Error(Status::kArgument, "bad_buffer",
+                "the state of " + std::to_string(n) + " tokens takes " + std::to_string(needed) +
+                    " bytes; the buffer has " + std::to_string(size));
+  write_state(*model_, sequence_, first, n, out);
+}
+
+void Session::restore(const uint8_t* data, size_t size) {
+  const Use use(*this);
+  read_state(*model_, sequence_, data, size);
 }
 
 }  // namespace pe

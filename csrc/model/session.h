@@ -50,6 +50,11 @@ class Session {
   void eval(const int32_t* tokens, size_t n, Want want, float* logits);
   void truncate(size_t n);
   size_t reuse(const int32_t* tokens, size_t n);
+  // See pe_session_save and pe_session_restore. `size`: what `out` has room for; save throws kArgument when that is not
+  // state_bytes(n), or when the session does not hold the positions.
+  size_t state_bytes(size_t n) const;
+  void save(size_t first, size_t n, uint8_t* out, size_t size);
+  void restore(const uint8_t* data, size_t size);
   void cancel() { cancel_.store(true); }
   void clear_cancel() { cancel_.store(false); }
   // Whether evals add up what the matrices read, from zero; see pe_session_observe.

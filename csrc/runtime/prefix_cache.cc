@@ -4,6 +4,8 @@
 #include <cstring>
 #include <exception>
 
+#include "base/hash.h"
+
 namespace pe {
 
 namespace {
@@ -46,10 +48,7 @@ uint64_t seed_of(Kv type) { return static_cast<uint64_t>(type) + 1; }
 
 uint64_t PrefixCache::hash_of(uint64_t seed, const int32_t* tokens) {
   uint64_t h = seed;
-  for (size_t i = 0; i < kBlock; ++i) {
-    h = (h ^ static_cast<uint32_t>(tokens[i])) * 0x9e3779b97f4a7c15;
-    h ^= h >> 29;
-  }
+  for (size_t i = 0; i < kBlock; ++i) h = hash_word(h, static_cast<uint32_t>(tokens[i]));
   return h;
 }
 

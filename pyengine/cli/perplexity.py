@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         if args.save_logits is not None:
             check_target(Path(args.save_logits), force=args.force, size=file_size(model.n_vocab, windows))
             file = stack.enter_context(replacing(Path(args.save_logits)))
-            save = LogitsWriter(file, model.n_vocab, windows, _vocabulary(model))
+            save = LogitsWriter(file, model.n_vocab, windows, model.vocabulary)
         progress = Progress("window", len(windows))
         result = report(_evaluate(args, model, windows, base, save, progress))
         _print(args, result, windows, progress.seconds)  # before the file is finished: that may fail
@@ -91,14 +91,8 @@ def _windows(args: argparse.Namespace, model: Model, text: str | None, base: Sav
             raise UsageError(f"--ctx is {args.ctx}; {args.kl_divergence} holds windows of {base.n_ctx} tokens")
         if text is not None and args.chunks is None:
             windows = windows[: base.n_windows]  # saved with --chunks
-        base.check(model.n_vocab, _vocabulary(model), windows)
+        base.check(model.n_vocab, model.vocabulary, windows)
     return windows
-
-
-def _vocabulary(model: Model) -> bytes:
-    from pyengine.saved_logits import vocabulary_hash
-
-    return vocabulary_hash(model.metadata.get("tokenizer.ggml.tokens", ()))
 
 
 def _evaluate(
