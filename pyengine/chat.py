@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +151,7 @@ def build_prompt(
     add_generation_prompt: bool = True,
     tools: Sequence[Any] | None = None,
     enable_thinking: bool = True,
+    written: Mapping[str, Sequence[int]] | None = None,
     **variables: Any,
 ) -> PromptIds:
     """Messages to token ids; nothing that a message says becomes a control token.
@@ -162,6 +164,8 @@ def build_prompt(
         messages: each with a ``role`` (a plain name) and usually ``content``: text, None, or a list of
             ``{"type": "text", "text": ...}`` parts. Other keys are passed on.
         add_generation_prompt, tools, enable_thinking, variables: see :meth:`ChatTemplate.render`.
+        written: token ids of texts between two markers, instead of those the tokenizer would make of them: see
+            :func:`written_pieces`.
 
     Raises:
         InvalidArgument: a message is malformed, or its text is not valid Unicode.
@@ -175,11 +179,41 @@ def build_prompt(
     ids: list[int] = []
     for piece, token in tokenizer.split_special(text):
         if token is None:
-            ids += tokenizer.encode(guard.remove(piece), add_special=False)
+            piece = guard.remove(piece)
+            known = written.get(piece) if written else None
+            ids += tokenizer.encode(piece, add_special=False) if known is None else known
         else:
             ids.append(token)
     starts_in_reasoning = text.rstrip().endswith(OPENER)
     return PromptIds(_with_one_bos(ids, tokenizer), guard.remove(text), starts_in_reasoning)
+
+
+def written_pieces(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Texts between two markers that a model wrote in other tokens than the tokenizer makes of them, with those tokens.
+
+    A model may write "ab" as "a", "b". With these in :func:`build_prompt`, the next prompt repeats what was written
+    rather than what could have been, and the keys of the session serve again. Control tokens are never in them.
+
+    Args:
+        tokenizer: the model's.
+        prompt, answer: ids; the text that the prompt ends in may go on in the answer.
+    """
+    start = next((i + 1 for i in range(len(prompt) - 1, -1, -1) if tokenizer.is_marker(prompt[i])), 0)
+    in_prompt = start < len(prompt)  # then the first of its tokens may bring a space that is no part of the text
+    run: list[int] = []
+    found: dict[str, tuple[int, ...]] = {}
+    for token in (*prompt[start:], *answer, None):
+        if token is not None and not tokenizer.is_marker(token):
+            run.append(token)
+            continue
+        if run and not any(map(tokenizer.is_control, run)):
+            with suppress(UnicodeDecodeError):  # an answer may end inside a character
+                b"".join(map(tokenizer.token_bytes, run)).decode()
+                text = tokenizer.decode(run, start=in_prompt)
+                if tokenizer.encode(text, add_special=False) != run:
+                    found[text] = tuple(run)
+        run, in_prompt = [], False
+    return found
 
 
 def _render_calls(template: ChatTemplate, messages: list[dict[str, Any]], given: Mapping[str, Any]) -> str:

@@ -106,6 +106,8 @@ class SavedChat:
     model: ModelIdentity
     system: str | None
     messages: list[dict[str, Any]]
+    dropped: int
+    written: dict[str, tuple[int, ...]]
     settings: SamplerSettings
     template: ChatTemplate
     max_tokens: int | None
@@ -205,16 +207,29 @@ def restore_chat(
             tokens, note = _restore_keys(opened, saved.keys, chat.session)
         else:
             tokens, note = 0, difference if saved.keys is not None and keys else ""
+        written = {} if difference else saved.written
+        _check_written(opened, written, chat)
     system = chat.system
     chat.clear()
     chat.system = saved.system
     chat.messages = [dict(message) for message in saved.messages]
+    chat.dropped = saved.dropped
+    chat.written = dict(written)
     if "system" in keep:
         chat.system = system
     for name in _SETTINGS:
         if name not in keep and not (name == "template" and difference):
             setattr(chat, name, getattr(saved, name))
     return Restored(len(chat.messages), tokens, note)
+
+
+def _check_written(opened: _Opened, written: Mapping[str, tuple[int, ...]], chat: Chat) -> None:
+    """Whether ids say what they stand for, so that no text of a file becomes a control token."""
+    tokenizer = chat.tokenizer
+    for text, ids in written.items():
+        plain = max(ids) < tokenizer.n_vocab and not any(tokenizer.is_marker(i) or tokenizer.is_control(i) for i in ids)
+        if not plain or text not in (tokenizer.decode(ids), tokenizer.decode(ids, start=False)):
+            raise opened.bad(f"has token ids for {text[:40]!r} that say something else", "bad_header", "written")
 
 
 # ---- keys alone: what a session file keeps beside its messages ----
@@ -377,6 +392,8 @@ def chat_header(chat: Chat) -> dict[str, Any]:
         "think_budget": chat.think_budget,
         "system": chat.system,
         "messages": list(chat.messages),
+        "dropped": chat.dropped,
+        "written": {text: list(ids) for text, ids in chat.written.items()},
     }
 
 
@@ -401,17 +418,28 @@ def _keys_of(opened: _Opened) -> SavedKeys | None:
     return saved
 
 
+def _ids_of(fields: Fields, text: str) -> tuple[int, ...]:
+    ids = fields.value(text, list)
+    if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise fields.bad(text[:40], "is no list of token ids")
+    return tuple(ids)
+
+
 def _saved(opened: _Opened) -> SavedChat:
     get = opened.fields
     keys = _keys_of(opened)
     template = {name: get.fields("template").value(name, str) for name in _TEMPLATE}
-    messages = get.value("messages", list)
+    messages, dropped = get.value("messages", list), get.value("dropped", int)
+    if not 0 <= dropped <= len(messages):
+        raise get.bad("dropped", f"is {dropped}, of {len(messages)} messages")
     try:
         check_messages(messages)
         return SavedChat(
             model=_model_of(get),
             system=get.value("system", str, type(None)),
             messages=messages,
+            dropped=dropped,
+            written={text: _ids_of(get.fields("written"), text) for text in get.value("written", dict)},
             settings=settings_from_json(get.fields("settings")),
             template=ChatTemplate(template["source"], template["bos"], template["eos"], origin=template["origin"]),
             max_tokens=get.number("max_tokens", 1),

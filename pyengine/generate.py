@@ -10,21 +10,33 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
-from pyengine.errors import Cancelled, ContextFull, InvalidArgument
+from pyengine.errors import Cancelled, ContextFull, EngineError, InvalidArgument
+from pyengine.events import End as End
+from pyengine.events import EndReason
+from pyengine.events import Event as Event
+from pyengine.events import Reasoning as Reasoning
+from pyengine.events import Reply as Reply
+from pyengine.events import Shifted as Shifted
+from pyengine.events import Stats as Stats
+from pyengine.events import Text as Text
+from pyengine.events import collect as collect
 from pyengine.loops import LoopDetector
-from pyengine.reasoning import ReasoningSplitter, reasoning_profile
+from pyengine.output import Output, OutputTokenizer
+from pyengine.reasoning import reasoning_profile
 from pyengine.sampling import Sampler, SampleResult, SamplerSettings
 from pyengine.speculate import Drafter, Lookahead, LookaheadSession, ModelDrafter, NgramDrafter
-from pyengine.stops import StopMatcher
 
 if TYPE_CHECKING:
-    from pyengine.chat import ChatTemplate
+    from pyengine.chat import ChatTemplate, PromptIds
     from pyengine.model import Model, Session
 
 THINK_CLOSE = "\n</think>\n\n"
@@ -32,122 +44,10 @@ THINK_CLOSE = "\n</think>\n\n"
 _PREFILL_SLICE = 256  # tokens between two reports of progress
 
 
-# ---- events ----
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A piece of the model's reasoning.
-
-    ``tokens``: the tokens taken since the event before. Text may be held back for a while (unfinished characters,
-    beginnings of markers and stop strings), so tokens and text agree over the whole stream, not piece by piece. A last
-    piece without text brings the tokens that closed the reasoning.
-    """
-
-    text: str
-    tokens: tuple[SampleResult, ...] = ()
-
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of the answer; ``tokens`` as in :class:`Reasoning`."""
-
-    text: str
-    tokens: tuple[SampleResult, ...] = ()
-
-
-EndReason = Literal["eog", "stop", "length", "loop", "context", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """The numbers of one generation.
-
-    Attributes:
-        prompt_tokens: length of the prompt; ``reused_tokens`` of them were already in the session.
-        generated_tokens: tokens after the prompt, the ending one included; ``reasoning_tokens`` of them are reasoning.
-        decode_steps: evaluations after the prompt (the first token needs none).
-        drafted_tokens: guessed by speculation; ``accepted_tokens`` of them were right, and needed no evaluation of
-            their own.
-        prefill_seconds, decode_seconds: time in the model and the sampler, without the consumer's.
-        seed: draws this text again.
-        context_used, context_size: positions filled at the end, and available.
-    """
-
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    reasoning_tokens: int
-    decode_steps: int
-    prefill_seconds: float
-    decode_seconds: float
-    seed: int
-    context_used: int
-    context_size: int
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens evaluated per second; 0 when nothing was measured."""
-        return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens per second after the prompt; 0 when nothing was measured."""
-        return (self.decode_steps + self.accepted_tokens) / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class End:
-    """The last event.
-
-    Attributes:
-        reason: ``"eog"`` the model ended; ``"stop"`` a stop string (``stop`` says which, it is not in the text);
-            ``"length"`` ``max_tokens`` reached; ``"loop"`` ``loop_limit`` reached; ``"context"`` the context is
-            full (``stats`` has the numbers); ``"cancelled"`` ``session.cancel()``.
-        stats: the numbers.
-        tokens: tokens that no text event carried, such as the end marker.
-        stop: the stop string met.
-        misread: so many first characters of the answer were reasoning after all, because the model closed a section
-            that it had not opened; :func:`collect` puts it right.
-    """
-
-    reason: EndReason
-    stats: Stats
-    tokens: tuple[SampleResult, ...] = ()
-    stop: str | None = None
-    misread: int = 0
-
-
-Event = Reasoning | Text | End
-
-
-class Reply(NamedTuple):
-    """A whole answer."""
-
-    text: str
-    reasoning: str
-
-
-def collect(events: Iterable[Event]) -> Reply:
-    """The events of one generation as a whole."""
-    events = list(events)
-    text = "".join(e.text for e in events if isinstance(e, Text))
-    reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
-    misread = sum(e.misread for e in events if isinstance(e, End))
-    return Reply(text[misread:], reasoning + text[:misread])
-
-
 # ---- what generate needs of others ----
 
 
-class TokenStream(Protocol):
-    def feed(self, token: int, /) -> str: ...
-    def flush(self) -> str: ...
-
-
-class GenerationTokenizer(Protocol):
+class GenerationTokenizer(OutputTokenizer, Protocol):
     """The part of :class:`pyengine.tokenizer.Tokenizer` used here."""
 
     n_vocab: int
@@ -156,7 +56,6 @@ class GenerationTokenizer(Protocol):
     def eog_ids(self) -> frozenset[int]: ...
     def encode(self, text: str, /, *, add_special: bool = ..., parse_special: bool = ...) -> Sequence[int]: ...
     def token_bytes(self, token: int, /) -> bytes: ...
-    def stream(self) -> TokenStream: ...
 
 
 class GenerationSession(LookaheadSession, Protocol):
@@ -170,6 +69,8 @@ class GenerationSession(LookaheadSession, Protocol):
 # ---- generation ----
 
 Speculate = Literal["ngram", "off"] | Drafter
+Shorten = Callable[[int], tuple[Sequence[int], int] | None]
+"""Given the tokens of the answer so far: a shorter prompt and how many messages it lacks; None: there is none."""
 
 
 def generate(
@@ -186,6 +87,7 @@ def generate(
     loop_limit: int | None = None,
     on_prefill: Callable[[int, int], object] | None = None,
     speculate: Speculate = "ngram",
+    shorten: Shorten | None = None,
 ) -> Iterator[Event]:
     """Continues a prompt; yields :class:`Reasoning` and :class:`Text` pieces and, last, one :class:`End`.
 
@@ -208,6 +110,8 @@ def generate(
         speculate: how to guess tokens that are then checked several at a time: ``"ngram"`` by what followed the same
             tokens before, where that is quicker; ``"off"``; or a :class:`pyengine.speculate.ModelDrafter`. No effect
             on the text.
+        shorten: asked when the context is full in the middle of an answer; with the prompt that takes the place of
+            this one the answer goes on.
 
     Errors: ``InvalidArgument``; ``ContextFull`` when the prompt alone does not fit; from within the iteration also
     whatever ``session.eval`` raises.
@@ -233,9 +137,9 @@ def generate(
             code="context_full",
         )
     sampler = Sampler(settings, tokenizer)
-    drafter = _drafter(speculate, sampler)
-    run = _Run(session, tokenizer, ids, sampler, max_tokens, think_budget, loop_limit, on_prefill, drafter)
-    return run.events(_Output(tokenizer, stop, reasoning, starts_in_reasoning))
+    drafter = functools.partial(_drafter, speculate, sampler)
+    run = _Run(session, tokenizer, ids, sampler, max_tokens, think_budget, loop_limit, on_prefill, drafter, shorten)
+    return run.events(Output(tokenizer, stop, reasoning, starts_in_reasoning))
 
 
 def _drafter(speculate: Speculate, sampler: Sampler) -> Drafter | None:
@@ -252,68 +156,6 @@ def _drafter(speculate: Speculate, sampler: Sampler) -> Drafter | None:
     return speculate
 
 
-class _Output:
-    """Turns tokens into events."""
-
-    def __init__(
-        self, tokenizer: GenerationTokenizer, stop: Sequence[str], reasoning: bool, starts_in_reasoning: bool
-    ) -> None:
-        self._stream = tokenizer.stream()
-        self._splitter = ReasoningSplitter(starts_in_reasoning) if reasoning else None
-        self._stop = StopMatcher(stop)
-        self.tokens: list[SampleResult] = []  # not yet carried by an event
-        self.misread = 0  # see End
-        self._answer_chars = 0
-        self._closer_seen = False
-
-    @property
-    def in_reasoning(self) -> bool:
-        return self._splitter is not None and self._splitter.in_reasoning
-
-    @property
-    def stopped_by(self) -> str | None:
-        return self._stop.matched
-
-    def feed(self, token: SampleResult) -> Iterator[Event]:
-        was_reasoning = self.in_reasoning
-        self.tokens.append(token)
-        yield from self._emit(self._split(self._stream.feed(token.id)))
-        if was_reasoning and not self.in_reasoning and self.tokens:
-            tokens, self.tokens = tuple(self.tokens), []
-            yield Reasoning("", tokens)
-
-    def finish(self) -> Iterator[Event]:
-        """The text held back."""
-        pieces = self._split(self._stream.flush())
-        yield from self._emit(pieces if self._splitter is None else [*pieces, *self._splitter.flush()])
-        yield from self._emit([(False, "")], last=True)
-
-    def _split(self, text: str) -> list[tuple[bool, str]]:
-        """(is reasoning, text) pieces, neighbours of one kind joined."""
-        if self._splitter is None:
-            return [(False, text)]
-        pieces: list[tuple[bool, str]] = []
-        for char in text:  # one by one, to know where the answer begins when a section is closed that was not opened
-            found = self._splitter.feed(char)
-            self._answer_chars += sum(len(piece) for is_reasoning, piece in found if not is_reasoning)
-            if self._splitter.lone_closer and not self._closer_seen:
-                self._closer_seen = True
-                self.misread = self._answer_chars
-            for is_reasoning, piece in found:
-                if pieces and pieces[-1][0] == is_reasoning:
-                    piece = pieces.pop()[1] + piece
-                pieces.append((is_reasoning, piece))
-        return pieces
-
-    def _emit(self, pieces: Sequence[tuple[bool, str]], last: bool = False) -> Iterator[Event]:
-        for is_reasoning, text in pieces:
-            if not is_reasoning:
-                text = self._stop.feed(text) + (self._stop.flush() if last else "")
-            if text:
-                tokens, self.tokens = tuple(self.tokens), []
-                yield Reasoning(text, tokens) if is_reasoning else Text(text, tokens)
-
-
 class _Run:
     """One generation: the loop and its counters."""
 
@@ -327,10 +169,12 @@ class _Run:
         think_budget: int | None,
         loop_limit: int | None,
         on_prefill: Callable[[int, int], object] | None,
-        drafter: Drafter | None,
+        drafter: Callable[[], Drafter | None],
+        shorten: Shorten | None,
     ) -> None:
         self.session = session
-        self.lookahead = Lookahead(session, drafter)
+        self.drafter = drafter  # makes one for a text that begins now
+        self.lookahead = Lookahead(session, drafter())
         self.tokenizer = tokenizer
         self.sampler = sampler
         self.n_prompt = len(prompt)
@@ -339,10 +183,11 @@ class _Run:
         self.think_budget = think_budget
         self.loops = LoopDetector(loop_limit) if loop_limit is not None else None
         self.on_prefill = on_prefill
+        self.shorten = shorten
         self.n_reused = self.n_reasoning = 0
         self.prefill_seconds = self.decode_seconds = 0.0
 
-    def events(self, out: _Output) -> Iterator[Event]:
+    def events(self, out: Output) -> Iterator[Event]:
         reason: EndReason = "cancelled"
         try:
             reason = yield from self._loop(out)
@@ -357,7 +202,7 @@ class _Run:
             reason = "stop"
         yield End(reason, self._stats(), tuple(out.tokens), out.stopped_by, out.misread)
 
-    def _loop(self, out: _Output) -> Generator[Event, None, EndReason]:
+    def _loop(self, out: Output) -> Generator[Event, None, EndReason]:
         self.n_reused = self.session.reuse(self.history)
         pending = self.history[self.n_reused :].tolist()  # taken, not yet evaluated
         while True:
@@ -368,7 +213,11 @@ class _Run:
                     if self._is_long_enough():
                         return "length"
             if len(self.lookahead) + len(pending) > self.session.n_ctx:
-                return "context"
+                shifted = self._shift()
+                if shifted is None:
+                    return "context"
+                yield shifted
+                pending = self.history[self.session.reuse(self.history) :].tolist()
             result = self._next(pending)
             if result.id in self.tokenizer.eog_ids:
                 self.history.append(result.id)
@@ -383,6 +232,18 @@ class _Run:
                 return "loop"
             pending = [result.id]
 
+    def _shift(self) -> Shifted | None:
+        """Puts a shorter prompt before the answer so far, where there is one."""
+        shorter = None if self.shorten is None else self.shorten(len(self.history) - self.n_prompt)
+        if shorter is None:
+            return None
+        prompt, dropped = shorter
+        freed = self.n_prompt - len(prompt)
+        self.lookahead.restart(self.drafter())
+        self.history = array("q", prompt) + self.history[self.n_prompt :]
+        self.n_prompt = len(prompt)
+        return Shifted(dropped, len(prompt), freed, self.session.n_ctx)
+
     def _room(self) -> int | None:
         """Tokens that ``max_tokens`` still allows."""
         return None if self.max_tokens is None else self.max_tokens - (len(self.history) - self.n_prompt)
@@ -390,7 +251,7 @@ class _Run:
     def _is_long_enough(self) -> bool:
         return self._room() == 0
 
-    def _take(self, token: SampleResult, out: _Output) -> Iterator[Event]:
+    def _take(self, token: SampleResult, out: Output) -> Iterator[Event]:
         self.history.append(token.id)
         self.n_reasoning += out.in_reasoning
         yield from out.feed(token)
@@ -399,7 +260,7 @@ class _Run:
         """Evaluates what is pending and chooses the next token."""
         start = time.perf_counter()
         first = self.prefill_seconds == 0
-        if first and self.on_prefill is not None:
+        if self.on_prefill is not None and (first or len(pending) > _PREFILL_SLICE):
             pending = self._prefill(pending, self.on_prefill)
         logits = self.lookahead.after(pending, self.history, self._room())
         # Rows beyond the vocabulary are padding of the embedding: they stand for no text.
@@ -440,6 +301,10 @@ class _Run:
 # ---- conversations ----
 
 
+Overflow = Literal["stop", "shift", "error"]
+OVERFLOWS: tuple[Overflow, ...] = ("stop", "shift", "error")
+
+
 class Chat:
     """A conversation: keeps the messages, and evaluates only what the session does not hold yet.
 
@@ -455,6 +320,16 @@ class Chat:
         template: by default the model's; also Jinja source, or a name (see ``ChatTemplate.from_metadata``).
         session: by default a new one, closed by :meth:`close`.
         max_tokens, stop, think_budget, loop_limit, on_prefill, speculate: see :func:`generate`; for every answer.
+        overflow: what happens when the conversation is longer than the context. ``"stop"``: an answer ends there
+            (``End("context")``), a message that does not fit raises ``ContextFull``. ``"error"``: so does an answer
+            that does not fit, and its turn is taken back. ``"shift"``: the oldest turns are dropped from what the
+            model sees (a :class:`Shifted` event says so), until a quarter of the context is free, and the rest is
+            evaluated again; the system prompt stays, and so do all :attr:`messages`. A single turn that is longer
+            than the context ends as with ``"stop"``.
+
+    Attributes:
+        messages: the conversation, oldest first, the system prompt included.
+        dropped: so many messages after the system prompt are not shown to the model any more.
 
     Errors: ``UnsupportedError`` when the model has no usable template.
     """
@@ -473,6 +348,7 @@ class Chat:
         loop_limit: int | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
         speculate: Speculate = "ngram",
+        overflow: Overflow = "stop",
     ) -> None:
         from pyengine.chat import ChatTemplate  # here, because its imports cost programs without chats 0.1 s
 
@@ -491,6 +367,13 @@ class Chat:
         self.loop_limit = loop_limit
         self.on_prefill = on_prefill
         self.speculate = speculate
+        if overflow not in OVERFLOWS:
+            raise InvalidArgument(
+                f"overflow is {overflow!r}; expected one of {', '.join(OVERFLOWS)}", code="bad_option", field="overflow"
+            )
+        self.overflow = overflow
+        self.dropped = 0
+        self.written: dict[str, tuple[int, ...]] = {}  # see pyengine.chat.written_pieces
         self._system: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = list(self._system)
         self._owns_session = session is None
@@ -502,46 +385,115 @@ class Chat:
         Errors: ``InvalidArgument`` (nothing to send, not valid Unicode), ``ContextFull`` (the conversation does not
         fit), and those of :func:`generate`. None of them changes the conversation.
         """
-        from pyengine.chat import build_prompt
-
         if not text.strip():
             raise InvalidArgument("the message is empty", code="empty_prompt")
-        user = {"role": "user", "content": text}
-        prompt = build_prompt(self.template, self.tokenizer, [*self.messages, user])
+        turn = _Turn(self, {"role": "user", "content": text})
         events = generate(
             self.session,
-            prompt.ids,
+            turn.prompt.ids,
             self.settings,
             tokenizer=self.tokenizer,
             max_tokens=self.max_tokens,
             stop=self.stop,
-            starts_in_reasoning=prompt.starts_in_reasoning,
+            starts_in_reasoning=turn.prompt.starts_in_reasoning,
             think_budget=self.think_budget,
             loop_limit=self.loop_limit,
             on_prefill=self.on_prefill,
             speculate=self.speculate,
+            shorten=turn.shorten if self.overflow == "shift" else None,
         )
-        return self._turn(user, events)
+        return self._events(turn, events)
 
-    def _turn(self, user: dict[str, str], events: Iterator[Event]) -> Iterator[Event]:
+    def _events(self, turn: _Turn, events: Iterator[Event]) -> Iterator[Event]:
         seen: list[Event] = []
         try:
+            if turn.shifted is not None:
+                yield turn.shifted
             for event in events:
                 seen.append(event)
                 if isinstance(event, End):
-                    self._keep(user, collect(seen), ended=event.reason in ("eog", "stop"))
+                    if event.reason == "context" and self.overflow == "error":
+                        raise _overflowed(event.stats)
+                    self._keep(turn, seen, ended=event.reason in ("eog", "stop"))
                 yield event
         except GeneratorExit:  # the consumer leaves early
             if not any(isinstance(event, End) for event in seen):
-                self._keep(user, collect(seen), ended=False)
+                self._keep(turn, seen, ended=False)
             raise
 
-    def _keep(self, user: dict[str, str], reply: Reply, *, ended: bool) -> None:
+    def _keep(self, turn: _Turn, events: list[Event], *, ended: bool) -> None:
+        from pyengine.chat import written_pieces
+
+        reply = collect(events)
         if ended or reply.text.strip():
             answer = {"role": "assistant", "content": reply.text}
             if reply.reasoning:
                 answer["reasoning_content"] = reply.reasoning
-            self.messages += [user, answer]
+            self.messages += [turn.user, answer]
+            self.dropped = turn.dropped
+            ids = [token.id for event in events for token in event.tokens]
+            self.written |= written_pieces(self.tokenizer, turn.prompt.ids, ids)
+
+    def read_ahead(self) -> int:
+        """Evaluates what the next prompt will begin with, as far as the session does not hold it.
+
+        Where the template drops the reasoning of earlier turns, the last answer has to be read again without it; this
+        does so while nobody waits, and the next turn evaluates the new message alone. No effect on any text.
+
+        Returns how many tokens were evaluated. Errors: those of ``session.prefill``; ``session.cancel()`` from another
+        thread ends it with ``Cancelled``.
+        """
+        if len(self.messages) == self.n_system:
+            return 0
+        so_far = self.build(self.messages, add_generation_prompt=False).ids
+        following = self.build([*self.messages, {"role": "user", "content": "?"}]).ids
+        n = next((i for i, (a, b) in enumerate(zip(so_far, following, strict=False)) if a != b), len(so_far))
+        if n < 2 or n > self.session.n_ctx:
+            return 0
+        # reuse() leaves the last token out; what the session holds anyway is not given up for one token
+        if len(self.session) >= n and self.session.tokens[:n] == so_far[:n]:
+            return 0
+        held = self.session.reuse(so_far[:n])
+        self.session.prefill(so_far[held:n])
+        return n - held
+
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """Does :meth:`read_ahead` in another thread while the ``with`` block runs, at most until it ends."""
+
+        def read() -> None:
+            with suppress(EngineError):  # nothing is lost: the next turn meets the same problem and tells it
+                self.read_ahead()
+
+        thread = threading.Thread(target=read, name="pyengine-read-ahead")
+        thread.start()
+        try:
+            yield
+        finally:
+            self.session.cancel()
+            thread.join()
+            self.session.clear_cancel()
+
+    @property
+    def n_system(self) -> int:
+        """How many messages the system prompt is: 0 or 1."""
+        return len(self._system)
+
+    def shown(self, messages: list[dict[str, str]], dropped: int | None = None) -> list[dict[str, str]]:
+        """Those of the messages that the model sees."""
+        n = self.n_system
+        return [*messages[:n], *messages[n + (self.dropped if dropped is None else dropped) :]]
+
+    def build(
+        self, messages: list[dict[str, str]], *, dropped: int | None = None, add_generation_prompt: bool = True
+    ) -> PromptIds:
+        """The prompt for a conversation, without the turns that were dropped."""
+        from pyengine.chat import build_prompt
+
+        shown = self.shown(messages, dropped)
+        return build_prompt(
+            self.template, self.tokenizer, shown, add_generation_prompt=add_generation_prompt, written=self.written
+        )
 
     @property
     def system(self) -> str | None:
@@ -559,12 +511,15 @@ class Chat:
         for at in range(len(self.messages) - 1, -1, -1):
             if self.messages[at]["role"] == "user":
                 del self.messages[at:]
+                self.dropped = min(self.dropped, len(self.messages) - self.n_system)
                 return True
         return False
 
     def clear(self) -> None:
         """Forgets the conversation; the system prompt stays."""
         self.messages = list(self._system)
+        self.dropped = 0
+        self.written = {}
 
     def close(self) -> None:
         """Closes the session, unless it was given."""
@@ -576,3 +531,48 @@ class Chat:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class _Turn:
+    """A message on its way: its prompt, and the turns dropped for it. The chat changes when the turn is kept."""
+
+    def __init__(self, chat: Chat, user: dict[str, str]) -> None:
+        self.chat = chat
+        self.user = user
+        self.dropped = chat.dropped
+        self.prompt = chat.build([*chat.messages, user])
+        self.shifted: Shifted | None = None
+        n_ctx = chat.session.n_ctx
+        if chat.overflow == "shift" and len(self.prompt.ids) > n_ctx:
+            before = len(self.prompt.ids)
+            shorter = self.shorten(0)
+            if shorter is not None:
+                ids, messages = shorter
+                self.shifted = Shifted(messages, len(ids), before - len(ids), n_ctx)
+
+    def shorten(self, n_answer: int) -> tuple[Sequence[int], int] | None:
+        """A prompt that leaves a quarter of the context free after ``n_answer`` tokens of the answer, or some of it."""
+        chat, size = self.chat, self.chat.session.n_ctx
+        turns = [*chat.messages, self.user][chat.n_system :]
+        cuts = [i for i in range(self.dropped + 1, len(turns)) if turns[i]["role"] == "user"]
+        if not cuts:
+            return None
+        prompts: dict[int, PromptIds] = {}
+
+        def frees_enough(cut: int) -> bool:
+            prompts[cut] = chat.build([*chat.messages, self.user], dropped=cut)
+            return len(prompts[cut].ids) + n_answer + size // 4 <= size
+
+        cut = cuts[min(bisect_left(cuts, True, key=frees_enough), len(cuts) - 1)]
+        if len(prompts[cut].ids) + n_answer >= size:
+            return None
+        dropped, self.dropped, self.prompt = cut - self.dropped, cut, prompts[cut]
+        return self.prompt.ids, dropped
+
+
+def _overflowed(stats: Stats) -> ContextFull:
+    return ContextFull(
+        f"the context of {stats.context_size} tokens is full: the prompt took {stats.prompt_tokens}, the answer "
+        f"{stats.generated_tokens} and was not finished",
+        code="context_full",
+    )

@@ -360,6 +360,11 @@ class Lookahead:
         self._guesses, self._row, self._length = guesses, 0, len(self.session)
         return True
 
+    def restart(self, drafter: Drafter | None) -> None:
+        """From now on for another text, with a new drafter; the counts go on."""
+        self._forget()
+        self._drafter = drafter
+
     def _forget(self) -> None:
         """Makes the session forget the guesses, unless somebody else has used it meanwhile."""
         n_guesses, self._guesses = len(self._guesses), []

@@ -227,9 +227,9 @@ class Tokenizer:
                 self._types[special] = TokenType.CONTROL
         self._special = [i for i, kind in enumerate(self._types) if kind != 1]  # NORMAL, spelt out for speed
         self.eog_ids = self._find_eog(metadata)
-        self.special_strings = self._select(self._is_marker)
+        self.special_strings = self._select(self.is_marker)
         self._markers = _Matcher(self.special_strings)
-        plain = self._select(lambda i: self._types[i] == TokenType.USER_DEFINED and not self._is_marker(i))
+        plain = self._select(lambda i: self._types[i] == TokenType.USER_DEFINED and not self.is_marker(i))
         self._plain = _Matcher(plain)
         self._both = _Matcher({**plain, **self.special_strings})
         self.pre = ""
@@ -364,6 +364,15 @@ class Tokenizer:
         """True for tokens that frame text and are no part of it: BOS, EOS, turn markers, unknown."""
         return self._types[self._check_id(token)] in (TokenType.CONTROL, TokenType.UNKNOWN)
 
+    def is_marker(self, token: int) -> bool:
+        """True for control tokens, and for user-defined ones that look like markup, such as ``<think>``."""
+        self._check_id(token)
+        text, kind = self._tokens[token], self._types[token]
+        if kind == TokenType.USER_DEFINED:
+            return _looks_like_markup(text)
+        # One character could not be told from text; such a token has no name that text can call it by.
+        return kind in (TokenType.CONTROL, TokenType.UNKNOWN) and len(text) > 1
+
     def token_id(self, text: str) -> int | None:
         """The id of the marker with exactly this text, such as ``"</think>"``, or None."""
         return self.special_strings.get(text)
@@ -380,13 +389,6 @@ class Tokenizer:
         if value is not None and not 0 <= value < self.n_vocab:
             raise _bad(name, f"is {value}, outside the vocabulary of {self.n_vocab}")
         return value
-
-    def _is_marker(self, token: int) -> bool:
-        text, kind = self._tokens[token], self._types[token]
-        if kind == TokenType.USER_DEFINED:
-            return _looks_like_markup(text)
-        # One character could not be told from text; such a token has no name that text can call it by.
-        return kind in (TokenType.CONTROL, TokenType.UNKNOWN) and len(text) > 1
 
     def _select(self, keep: Callable[[int], bool]) -> dict[str, int]:
         """Text to id of the special tokens that ``keep`` accepts; of equal texts the first counts."""

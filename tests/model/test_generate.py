@@ -15,8 +15,9 @@ import pytest
 from pyengine import chat as chat_module
 from pyengine.chat import PromptIds
 from pyengine.errors import Cancelled, ContextFull, InvalidArgument, NumericError
-from pyengine.generate import Chat, End, Event, Reasoning, StopMatcher, Text, collect, generate
+from pyengine.generate import Chat, End, Event, Reasoning, Text, collect, generate
 from pyengine.sampling import SamplerSettings
+from pyengine.stops import StopMatcher
 
 END = 256
 GREEDY = SamplerSettings(temperature=0.0)
@@ -422,7 +423,7 @@ class Model:
 def chat(monkeypatch: pytest.MonkeyPatch) -> Chat:
     """A chat whose prompt is the contents, one after the other: user text ends with "?", answers with "."."""
 
-    def build(template: object, tokenizer: Bytes, messages: list[dict[str, str]]) -> PromptIds:
+    def build(template: object, tokenizer: Bytes, messages: list[dict[str, str]], **options: object) -> PromptIds:
         text = "".join(m["content"] for m in messages)
         return PromptIds(list(text.encode()), text, False)
 
@@ -433,6 +434,7 @@ def chat(monkeypatch: pytest.MonkeyPatch) -> Chat:
         return END if done == reply else ord(reply[len(done)])
 
     monkeypatch.setattr(chat_module, "build_prompt", build)
+    monkeypatch.setattr(chat_module, "written_pieces", lambda *args: {})
     session = Scripted(script, n_ctx=60)
     return Chat(Model(), system="S:", template=Template(), session=session, settings=GREEDY)  # type: ignore[arg-type]
 
