@@ -330,6 +330,7 @@ class Chat:
     Attributes:
         messages: the conversation, oldest first, the system prompt included.
         dropped: so many messages after the system prompt are not shown to the model any more.
+        on_kept: called whenever a turn has entered the messages.
 
     Errors: ``UnsupportedError`` when the model has no usable template.
     """
@@ -372,6 +373,7 @@ class Chat:
                 f"overflow is {overflow!r}; expected one of {', '.join(OVERFLOWS)}", code="bad_option", field="overflow"
             )
         self.overflow = overflow
+        self.on_kept: Callable[[], object] | None = None
         self.dropped = 0
         self.written: dict[str, tuple[int, ...]] = {}  # see pyengine.chat.written_pieces
         self._system: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
@@ -433,6 +435,8 @@ class Chat:
             self.dropped = turn.dropped
             ids = [token.id for event in events for token in event.tokens]
             self.written |= written_pieces(self.tokenizer, turn.prompt.ids, ids)
+            if self.on_kept is not None:
+                self.on_kept()
 
     def read_ahead(self) -> int:
         """Evaluates what the next prompt will begin with, as far as the session does not hold it.

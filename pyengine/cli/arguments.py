@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pyengine.cli.common import UsageError, check_utf8, read_utf8, say
 from pyengine.cli.options import add_sampler_options, sampler_settings
+from pyengine.cli.sessions import check_name
 
 NAME = "pyengine-run"
 
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = parser.add_argument_group("the prompt")
     text.add_argument("--system", metavar="TEXT", help="system prompt")
+    text.add_argument("--session", metavar="NAME", help="go on with the conversation of this name, and keep it")
     text.add_argument("--chat-template", metavar="FILE", help="a Jinja chat template instead of the model's")
     text.add_argument("--raw", action="store_true", help="no template: continue the prompt as it is")
     text.add_argument("--parse-special", action="store_true", help="with --raw: control tokens in the prompt count")
@@ -49,6 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--think", choices=("show", "hide"), help="reasoning on standard error (default: on a terminal)"
     )
     answer.add_argument("--think-budget", type=int, metavar="N", help="close the reasoning after N tokens")
+    answer.add_argument(
+        "--overflow",
+        choices=("stop", "shift", "error"),
+        default="stop",
+        help="a chat longer than the context: end the answer (stop), drop the oldest turns (shift) or fail (error)",
+    )
     answer.add_argument("--json", action="store_true", help="print one JSON object at the end")
     answer.add_argument("-v", "--verbose", action="store_true", help="settings, notes and statistics on standard error")
     answer.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -89,6 +97,11 @@ def check(args: argparse.Namespace) -> None:
                 raise UsageError(f"{option} is empty")
     if args.raw and args.system is not None:
         raise UsageError("--raw uses no template, so there is no place for --system")
+    if args.session is not None:
+        check_name(args.session)
+    if args.raw and (args.session is not None or args.overflow != "stop"):
+        option = "--session" if args.session is not None else f"--overflow {args.overflow}"
+        raise UsageError(f"{option} needs a conversation; --raw has none")
     if args.n_predict == 0 or args.n_predict < -1:
         raise UsageError(f"--n-predict is {args.n_predict}; expected at least 1, or -1 for no limit")
     if args.think_budget is not None and args.think_budget < 0:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pyengine.cli.common import Interrupt, Status, in_background, printable, say
 
 if TYPE_CHECKING:
-    from pyengine.generate import End, Event
+    from pyengine.generate import End, Event, Shifted
 
 
 def play(events: Iterator[Event], show: Callable[[Event], None], cancel: Callable[[], object]) -> End:
@@ -48,10 +48,12 @@ class Console:
             self._status.show(f"reading {done} of {total} tokens")
 
     def show(self, event: Event) -> None:
-        from pyengine.generate import Reasoning, Text
+        from pyengine.generate import Reasoning, Shifted, Text
 
         self._status.clear()
-        if isinstance(event, Reasoning):
+        if isinstance(event, Shifted):
+            say(explain_shift(event))
+        elif isinstance(event, Reasoning):
             if self._show_reasoning:
                 self._open_reasoning()
                 say(event.text, end="")
@@ -85,6 +87,14 @@ class Console:
             if self._dim:
                 _escape("\x1b[0m")
             say("\n")
+
+
+def explain_shift(event: Shifted) -> str:
+    """What a person must know when turns are dropped."""
+    return (
+        f"(the context of {event.context_size} tokens is full: the model no longer sees the {event.dropped_messages} "
+        f"oldest messages, {event.freed_tokens} tokens; the other {event.prompt_tokens} are read again)"
+    )
 
 
 def explain_end(end: End, *, verbose: bool) -> None:

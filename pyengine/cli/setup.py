@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from pyengine.cli.common import Status, UsageError, read_utf8, say
 from pyengine.cli.options import sampler_settings
+from pyengine.cli.sessions import NamedSession
 from pyengine.errors import EngineError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -85,10 +86,10 @@ class Setup:
             return None
 
     def chat(self, on_prefill: OnPrefill) -> Chat:
-        """A conversation in the session."""
+        """A conversation in the session; with ``--session`` the one of that name."""
         from pyengine.generate import Chat
 
-        return Chat(
+        chat = Chat(
             self.model,
             system=self.args.system,
             session=self.session,
@@ -99,7 +100,11 @@ class Setup:
             think_budget=self.args.think_budget,
             on_prefill=on_prefill,
             speculate=self.speculate,
+            overflow=self.args.overflow,
         )
+        if self.args.session is not None:
+            self._stack.enter_context(NamedSession(chat, self.args))
+        return chat
 
     def plain(self, prompt: str, on_prefill: OnPrefill) -> Iterator[Event]:
         """Continues ``prompt`` as it is."""
