@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from pyengine.cli.common import UsageError, check_utf8, read_utf8, say
+from pyengine.cli.console import THINK
 from pyengine.cli.options import add_sampler_options, sampler_settings
 from pyengine.cli.sessions import check_name
 
@@ -33,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyengine {__version__}")
 
     text = parser.add_argument_group("the prompt")
+    text.add_argument(
+        "-f", "--file", action="append", default=[], metavar="FILE", help="text to put before PROMPT; repeatable"
+    )
     text.add_argument("--system", metavar="TEXT", help="system prompt")
     text.add_argument("--session", metavar="NAME", help="go on with the conversation of this name, and keep it")
     text.add_argument("--chat-template", metavar="FILE", help="a Jinja chat template instead of the model's")
@@ -48,7 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT; repeatable"
     )
     answer.add_argument(
-        "--think", choices=("show", "hide"), help="reasoning on standard error (default: on a terminal)"
+        "--think",
+        choices=THINK,
+        help="reasoning, on standard error: all of it, a dim line that follows it, or nothing "
+        "(default: dim on a terminal, else hide)",
     )
     answer.add_argument("--think-budget", type=int, metavar="N", help="close the reasoning after N tokens")
     answer.add_argument(
@@ -57,8 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
         default="stop",
         help="a chat longer than the context: end the answer (stop), drop the oldest turns (shift) or fail (error)",
     )
+    answer.add_argument(
+        "--loop-limit",
+        type=int,
+        metavar="N",
+        help="end an answer that repeats itself word for word for N tokens; 0: never (default 512; with --raw 0)",
+    )
     answer.add_argument("--json", action="store_true", help="print one JSON object at the end")
     answer.add_argument("-v", "--verbose", action="store_true", help="settings, notes and statistics on standard error")
+    answer.add_argument("--no-history", action="store_true", help="a chat neither recalls nor keeps what you type")
     answer.add_argument("--debug", action="store_true", help="show tracebacks")
 
     engine = parser.add_argument_group("the engine")
@@ -106,6 +120,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--n-predict is {args.n_predict}; expected at least 1, or -1 for no limit")
     if args.think_budget is not None and args.think_budget < 0:
         raise UsageError(f"--think-budget is {args.think_budget}; expected at least 0")
+    if args.loop_limit is not None and args.loop_limit < 0:
+        raise UsageError(f"--loop-limit is {args.loop_limit}; expected at least 1, or 0 for none")
     if args.draft is not None and args.speculate is not None:
         raise UsageError("--draft replaces --speculate: give one of them")
     if args.draft == "":
@@ -129,15 +145,19 @@ def model_path(args: argparse.Namespace) -> Path:
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
-    """Piped text, then the argument; ``None`` when there is neither, which means a chat."""
-    parts = []
+    """Piped text, then files, then the argument; ``None`` when there is none of them, which means a chat."""
     if args.prompt == "-":
         args.prompt = None
-    if not sys.stdin.isatty() and (args.prompt is None or _is_piped(sys.stdin.fileno())):
+    parts = []
+    alone = args.prompt is None and not args.file
+    if not sys.stdin.isatty() and (alone or _is_piped(sys.stdin.fileno())):
         _tell_when_waiting(sys.stdin.fileno())
-        piped = read_utf8(sys.stdin.buffer.read(), "standard input")
-        if piped.strip() or args.prompt is None:
-            parts.append(piped if args.raw and args.prompt is None else piped.strip("\r\n"))
+        parts.append(read_utf8(sys.stdin.buffer.read(), "standard input"))
+        if not alone and not parts[0].strip():
+            parts.clear()
+    parts += [read_utf8(Path(name).read_bytes(), name) for name in args.file]
+    if not (args.raw and args.prompt is None and len(parts) == 1):  # raw text alone is taken to the last line break
+        parts = [part.strip("\r\n") for part in parts]
     if args.prompt is not None:
         parts.append(check_utf8(args.prompt, "the prompt"))
     if parts and not "".join(parts).strip():

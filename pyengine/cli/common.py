@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
@@ -121,6 +123,17 @@ def check_utf8(text: str, what: str) -> str:
     return text
 
 
+def state_folder() -> Path | None:
+    """Where what a program remembers between runs belongs: ``$XDG_STATE_HOME/pyengine``; None where there is no home."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    if os.path.isabs(base):  # the specification says to ignore others
+        return Path(base, "pyengine")
+    try:
+        return Path.home() / ".local" / "state" / "pyengine"
+    except RuntimeError:
+        return None
+
+
 def read_utf8(data: bytes, what: str) -> str:
     """Bytes from outside as text; a byte order mark is dropped."""
     return check_utf8(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), what)
@@ -135,23 +148,55 @@ def printable(text: str) -> str:
     return text.translate(_CONTROL)
 
 
+def can_draw(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that can go back and erase."""
+    return stream.isatty() and os.environ.get("TERM", "" if os.name == "posix" else "ansi") not in (
+        "",
+        "dumb",
+        "unknown",
+    )
+
+
+def columns(stream: TextIO) -> int:
+    """Width of a terminal now."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def fitted(text: str, width: int) -> str:
+    """The beginning of a line that takes at most ``width`` columns."""
+    for at, char in enumerate(text):
+        width -= 2 if unicodedata.east_asian_width(char) in "WF" else not unicodedata.combining(char)
+        if width < 0:
+            return text[:at]
+    return text
+
+
 class Status:
-    """A line on stderr that is overwritten and disappears; nothing at all when stderr is no terminal."""
+    """A line on stderr that is overwritten and disappears; nothing at all where stderr cannot do that.
+
+    The cursor waits at its beginning: wherever a terminal that was made narrower has put the rest of the line, erasing
+    from there on hits it, and never anything that stood before.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._on = self._stream.isatty()
-        self._width = 0
+        self._on = can_draw(self._stream)
+        self._shown = ""
 
-    def show(self, text: str) -> None:
-        if self._on:
-            self._write("\r" + text.ljust(self._width))
-            self._width = len(text)
+    def show(self, text: str, style: str = "") -> None:
+        """``style``: the codes of an SGR sequence, such as ``"2"``."""
+        text = fitted(printable(text), columns(self._stream) - 1) if self._on else ""
+        if text != self._shown:
+            self._shown = text
+            self._write("\x1b[J" + (f"\x1b[{style}m{text}\x1b[0m" if style else text) + "\r")
 
     def clear(self) -> None:
-        if self._width:
-            self._write("\r" + " " * self._width + "\r")
-            self._width = 0
+        if self._shown:
+            self._shown = ""
+            self._write("\x1b[J")
 
     def _write(self, text: str) -> None:
         try:
@@ -194,8 +239,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
+class Leave(KeyboardInterrupt):
+    """Ctrl-C a second time: the user means the program, not the answer."""
+
+
 class Interrupt:
-    """Ctrl-C while a ``with`` block runs: the first one calls ``cancel``, a second one raises ``KeyboardInterrupt``.
+    """Ctrl-C while a ``with`` block runs: the first one calls ``cancel``, a second one raises :class:`Leave`.
 
     Does nothing outside the main thread or where the program was started with Ctrl-C ignored.
     """
@@ -209,7 +258,7 @@ class Interrupt:
         self.count += 1
         self._cancel()
         if self.count > 1:
-            raise KeyboardInterrupt
+            raise Leave
 
     def __enter__(self) -> Interrupt:
         ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -222,9 +271,12 @@ class Interrupt:
             signal.signal(signal.SIGINT, self._old)
 
 
-def in_background(items: Iterator[_T], cancel: Callable[[], object]) -> Generator[_T, None, None]:
+def in_background(
+    items: Iterator[_T], cancel: Callable[[], object], idle: Callable[[], object] = lambda: None
+) -> Generator[_T, None, None]:
     """The same items, produced by another thread, so that this one sees Ctrl-C at once even during long native calls.
 
+    ``idle`` is called by this thread ten times a second while there is no item.
     When the consumer leaves early (an exception, ``close``), the producer is cancelled and waited for.
     """
     done = object()
@@ -246,8 +298,9 @@ def in_background(items: Iterator[_T], cancel: Callable[[], object]) -> Generato
     try:
         while True:
             try:
-                item, error = results.get(timeout=0.2)  # a bound, because Windows delivers no signal to a blocked get
+                item, error = results.get(timeout=0.1)  # a bound, because Windows delivers no signal to a blocked get
             except queue.Empty:
+                idle()
                 continue
             if error is not None:
                 raise error

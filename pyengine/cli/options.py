@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from pyengine.cli.common import UsageError, check_utf8
 from pyengine.errors import InvalidArgument
@@ -38,6 +38,8 @@ _FLAG_OF = {setting: flags[0] for flags, setting, _, _ in _OPTIONS} | {
     "top_logprobs": "--top-logprobs",
     "dry_sequence_breakers": "--dry-sequence-breaker",
 }
+SETTINGS = tuple(flag.removeprefix("--") for setting, flag in _FLAG_OF.items() if setting != "top_logprobs")
+"""Names of the settings that a conversation can change with :func:`changed`."""
 
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
@@ -91,3 +93,37 @@ def _logit_bias(text: str) -> tuple[int, float]:
     if match is None or (match[2][0] not in "+-" and not re.match(r"\d+[:=]", text)):
         raise UsageError(f"--logit-bias: {text!r} is not of the form ID+X, such as 42+1.5 or 42-inf")
     return int(match[1]), float(match[2])
+
+
+class _Strict(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def changed(settings: SamplerSettings, name: str, value: str) -> SamplerSettings:
+    """``settings`` with one of them set as its option would. Errors: ``UsageError`` naming the option."""
+    parser = _Strict(add_help=False, allow_abbrev=False)
+    add_sampler_options(parser)
+    args = parser.parse_args([f"--{name}={value}"])
+    kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    if name == "seed":
+        del kept["seed"]  # -1 stands for no seed
+    return sampler_settings(args, kept)
+
+
+def described(settings: SamplerSettings) -> list[str]:
+    """Every setting as its option names it: ``temp 0.6``."""
+    lines = []
+    for setting, flag in _FLAG_OF.items():
+        value = getattr(settings, setting)
+        if setting == "samplers":
+            text = ";".join(value)
+        elif setting == "dry_sequence_breakers":
+            text = " ".join(map(repr, value)) or "none"
+        elif setting == "logit_bias":
+            text = " ".join(f"{token}{bias:+g}" for token, bias in value.items()) or "none"
+        else:
+            text = "random" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        if setting != "top_logprobs":
+            lines.append(f"{flag.removeprefix('--')} {text}")
+    return lines

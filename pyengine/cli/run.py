@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli.arguments import NAME, build_parser, check, model_path, read_prompt
 from pyengine.cli.common import EXIT_CONTEXT, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_command, say, use_utf8
-from pyengine.cli.console import Console, explain_end, play
+from pyengine.cli.console import Console, explain_end
 from pyengine.cli.setup import Setup
 
 if TYPE_CHECKING:
@@ -48,19 +48,17 @@ def run(args: argparse.Namespace) -> int:
 
             return converse(setup, console)
         if setup.template is not None:
-            return _answer(setup, console, setup.chat(console.reading).send(prompt))
+            chat = setup.chat(console.reading)
+            return _answer(setup, console, lambda: chat.send(prompt))
         if not args.raw:
             say("note: the model has no chat template; the prompt is continued as plain text (--raw)")
-        return _answer(setup, console, setup.plain(prompt, console.reading))
+        return _answer(setup, console, lambda: setup.plain(prompt, console.reading))
 
 
-def _answer(setup: Setup, console: Console, events: Iterator[Event]) -> int:
+def _answer(setup: Setup, console: Console, start: Callable[[], Iterator[Event]]) -> int:
     """One answer and no more; returns the exit code."""
     collected: list[Event] = []
-    try:
-        end = play(events, collected.append if setup.args.json else console.show, setup.session.cancel)
-    finally:
-        console.finish()
+    end = console.answer(start, setup.session.cancel, collected.append if setup.args.json else None)
     if setup.args.json:
         print(json.dumps(_report(collected, end, setup.settings), ensure_ascii=False))
     explain_end(end, verbose=setup.args.verbose)

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self
 
-from pyengine.cli.common import Status, UsageError, describe, say
+from pyengine.cli.common import Status, UsageError, describe, say, state_folder
 from pyengine.cli.options import sampler_settings
 from pyengine.errors import EngineError, FileError
 
@@ -35,9 +35,10 @@ def check_name(name: str) -> str:
 
 
 def sessions_folder() -> Path:
-    state = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
-    return base / "pyengine" / "sessions"
+    folder = state_folder()
+    if folder is None:
+        raise UsageError("--session: there is no home folder to keep it in; set XDG_STATE_HOME")
+    return folder / "sessions"
 
 
 class NamedSession:

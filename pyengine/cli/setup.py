@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyengine.sampling import SamplerSettings
 
 _LEAST_CONTEXT = 4096  # what a session gets when memory is short or unknown
+_LOOP_LIMIT = 512  # the default of --loop-limit
 OnPrefill = Callable[[int, int], object]
 
 
@@ -65,6 +66,8 @@ class Setup:
                 self.speculate = ModelDrafter(self.model, small)
             self._stack = stack.pop_all()
         self.max_tokens = None if args.n_predict < 0 else args.n_predict
+        loop_limit = args.loop_limit if args.loop_limit is not None else 0 if args.raw else _LOOP_LIMIT
+        self.loop_limit = loop_limit or None
 
     def _template(self) -> ChatTemplate | None:
         from pyengine.chat import BUILTIN_TEMPLATES, ChatTemplate
@@ -98,6 +101,7 @@ class Setup:
             max_tokens=self.max_tokens,
             stop=self.args.stop,
             think_budget=self.args.think_budget,
+            loop_limit=self.loop_limit,
             on_prefill=on_prefill,
             speculate=self.speculate,
             overflow=self.args.overflow,
@@ -118,6 +122,7 @@ class Setup:
             max_tokens=self.max_tokens,
             stop=self.args.stop,
             reasoning=False,
+            loop_limit=self.loop_limit,
             on_prefill=on_prefill,
             speculate=self.speculate,
         )

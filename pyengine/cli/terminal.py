@@ -2,82 +2,103 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import sys
 from typing import TYPE_CHECKING
 
 from pyengine.cli import commands
-from pyengine.cli.common import EXIT_OK, UsageError, check_utf8, describe, say
-from pyengine.cli.console import Console, explain_end, play
+from pyengine.cli.common import EXIT_OK, Leave, UsageError, columns, describe, say, state_folder
+from pyengine.cli.console import Console, explain_end, quiet_keys, table_of
+from pyengine.cli.line_editor import open_line_editor
 from pyengine.errors import ContextFull, EngineError
 
 if TYPE_CHECKING:
     from pyengine.cli.setup import Setup
-    from pyengine.generate import Chat
+    from pyengine.generate import End
 
 
 def converse(setup: Setup, console: Console) -> int:
     """Until the user leaves; returns the exit code."""
-    chat = setup.chat(console.reading)
-    if sys.stderr.isatty():
-        say("/help lists the commands; Ctrl-D leaves")
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() line editing
-
-    def turn(line: str) -> int:
-        """One answer; a failure is told and the conversation goes on. Returns 1 when Ctrl-C ended it."""
-        before = len(chat.messages)
-        try:
-            end = play(chat.send(line), console.show, setup.session.cancel)
-        except ContextFull as error:
-            say(f"{error.message}. Your message was taken back; /clear starts afresh")
-            return 0
-        except EngineError as error:
-            say(f"error: {describe(error)}. Your message was taken back")
-            return 0
-        finally:
-            console.finish()
-        explain_end(end, verbose=setup.args.verbose)
-        stopped = end.reason == "cancelled"
-        remarks = ["stopped"] * stopped
-        remarks += ["your message was taken back, because no answer had begun"] * (len(chat.messages) == before)
-        remarks += ["Ctrl-C again leaves"] * stopped
-        if remarks:
-            say(f"({'; '.join(remarks)})")
-        return int(stopped)
-
-    return _loop(chat, turn)
+    return Conversation(setup, console).run()
 
 
-def _loop(chat: Chat, turn: commands.Turn) -> int:
-    interrupts = 0  # since the last line
-    while True:
-        try:
-            line = _read_line()
-        except EOFError:
-            say("")
-            return EXIT_OK
-        except KeyboardInterrupt:
-            say("")
-            if interrupts:
-                raise
-            interrupts = 1
-            say("(Ctrl-C again or Ctrl-D leaves)")
-            continue
-        except UsageError as error:
-            say(f"{error}; nothing was sent")
-            continue
-        interrupts = 0
-        if re.fullmatch(r"/\w+", line.strip()):
-            if commands.run(line.strip(), chat):
+class Conversation:
+    """What the loop and the commands share.
+
+    Attributes:
+        setup, console, chat, editor: the model, what draws, the messages, where new ones come from.
+        end: how the last answer ended; None before the first.
+        attached: texts of files that go before the next message.
+        stats: show the numbers after every answer.
+    """
+
+    def __init__(self, setup: Setup, console: Console) -> None:
+        self.setup = setup
+        self.console = console
+        self.chat = setup.chat(console.reading)
+        folder = None if setup.args.no_history else state_folder()
+        self.editor = open_line_editor(commands.complete, folder and folder / "history")
+        self.end: End | None = None
+        self.attached: list[str] = []
+        self.stats = False
+        self._stopped = False  # Ctrl-C was the last thing that happened
+
+    def run(self) -> int:
+        self._greet()
+        while True:
+            try:
+                with self.chat.reading_ahead():
+                    text = self.editor.read()
+                self._stopped = False
+                commands.obey(text, self)
+            except UsageError as error:
+                self.console.remark(f"({error}; nothing was sent)")
+            except EOFError:
                 return EXIT_OK
-        elif line.strip():
-            interrupts = turn(line)
+            except Leave:
+                raise
+            except KeyboardInterrupt:
+                if self._stopped:
+                    raise
+                self._stopped = True
+                self.console.remark("(Ctrl-C again or Ctrl-D leaves)")
 
+    def _greet(self) -> None:
+        m, s = self.setup.model, self.setup.session
+        about = [self.setup.path.name, f"{m.n_params / 1e6:,.1f} M parameters", f"context {s.n_ctx:,} tokens"]
+        if sys.stderr.isatty():
+            self.console.remark(", ".join(about) if columns(sys.stderr) > 60 else "\n".join(about))
+            self.console.remark("/help lists the commands; Ctrl-D leaves")
 
-def _read_line() -> str:
-    """A line from the terminal. The prompt goes to stdout only where stdout is the terminal too."""
-    if not sys.stdout.isatty():
-        say(">>> ", end="")
-    return check_utf8(input(">>> " if sys.stdout.isatty() else ""), "the line")
+    def send(self, text: str, *, instead_of: list[dict[str, str]] | None = None) -> None:
+        """Has a message answered; a failure is told and the conversation goes on.
+
+        ``instead_of``: the messages to go back to when no new answer begins.
+        """
+        chat = self.chat
+        before = chat.messages if instead_of is None else instead_of
+        n_before = len(chat.messages)
+        message = "\n\n".join(part for part in (*self.attached, text) if part)
+        fate = "your message was taken back" if instead_of is None else "the earlier answer stays"
+        try:
+            with quiet_keys():
+                self.end = end = self.console.answer(lambda: chat.send(message), self.setup.session.cancel)
+        except EngineError as error:
+            chat.messages = before
+            why = error.message if isinstance(error, ContextFull) else f"error: {describe(error)}"
+            self.console.remark(f"({why}; {fate})")
+            say("")
+            return
+        explain_end(end, verbose=self.setup.args.verbose)
+        if self.stats:
+            self.console.remark(table_of(end.stats))
+        self._stopped = end.reason == "cancelled"
+        remarks = ["stopped"] * self._stopped
+        if len(chat.messages) == n_before:
+            chat.messages = before
+            remarks.append(f"no answer had begun: {fate}")
+        else:
+            self.attached = []
+        remarks += ["Ctrl-C again leaves"] * self._stopped
+        if remarks:
+            self.console.remark(f"({'; '.join(remarks)})")
+        say("")

@@ -13,15 +13,24 @@ from typing import Any
 from pyengine.cli.run import main
 from pyengine.model import Session
 
-_eval, _cancel = Session.eval, Session.cancel
+_eval, _prefill, _cancel = Session.eval, Session.prefill, Session.cancel
 _cancelled = threading.Event()
 
 
-def slow_eval(self: Session, tokens: Any, all_logits: bool = False, out: Any = None) -> Any:
+def wait(tokens: Any) -> None:
     stuck = len(tokens) > int(os.environ.get("STUCK_ABOVE", "1000"))
     _cancelled.wait(60.0 if stuck else float(os.environ.get("SLOW", "0.04")))
     _cancelled.clear()
+
+
+def slow_eval(self: Session, tokens: Any, all_logits: bool = False, out: Any = None) -> Any:
+    wait(tokens)
     return _eval(self, tokens, all_logits, out)
+
+
+def slow_prefill(self: Session, tokens: Any) -> None:
+    wait(tokens)
+    _prefill(self, tokens)
 
 
 def slow_cancel(self: Session) -> None:
@@ -30,5 +39,6 @@ def slow_cancel(self: Session) -> None:
 
 
 Session.eval = slow_eval  # type: ignore[method-assign]
+Session.prefill = slow_prefill  # type: ignore[method-assign]
 Session.cancel = slow_cancel  # type: ignore[method-assign]
 sys.exit(main())

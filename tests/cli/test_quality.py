@@ -179,7 +179,7 @@ def test_ctrl_c_keeps_what_was_saved_of_an_importance_matrix(text: Path, tmp_pat
 
 
 def test_a_terminal_sees_progress_and_the_time_left(text: Path) -> None:
-    with Terminal(command("perplexity", DEMO, "-f", text, "-c", "32"), env=ENV) as terminal:
+    with Terminal(command("perplexity", DEMO, "-f", text, "-c", "32"), env=ENV | {"TERM": "xterm"}) as terminal:
         shown = terminal.wait_for("tokens scored")
     assert "window 1 of " in shown
     assert ", perplexity " in shown
