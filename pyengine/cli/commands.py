@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pyengine.cli.common import UsageError, columns, printable, read_utf8, say
 from pyengine.cli.console import THINK, table_of
 from pyengine.cli.options import SETTINGS, changed, described
+from pyengine.errors import EngineError
 
 if TYPE_CHECKING:
     from pyengine.cli.terminal import Conversation
@@ -122,7 +123,7 @@ def _last_message(talk: Conversation) -> str:
 
 
 def _regen(talk: Conversation, argument: str) -> None:
-    text, before = _last_message(talk), list(talk.chat.messages)
+    text, before = _last_message(talk), talk.past()
     if talk.chat.settings.seed is not None:
         talk.console.remark("(the seed is fixed, so this is the same answer again; /set seed -1 draws a new one)")
     talk.chat.undo()
@@ -130,7 +131,7 @@ def _regen(talk: Conversation, argument: str) -> None:
 
 
 def _edit(talk: Conversation, argument: str) -> None:
-    text, before = _last_message(talk), list(talk.chat.messages)
+    text, before = _last_message(talk), talk.past()
     try:
         text = talk.editor.read(prefill=text)
     except KeyboardInterrupt:
@@ -212,11 +213,34 @@ def _stats(talk: Conversation, argument: str) -> None:
 
 
 def _save(talk: Conversation, argument: str) -> None:
-    raise UsageError("not yet")
+    from pyengine.chat_file import read_chat, save_chat
+
+    path, rest = _path_and_rest(argument)
+    if rest not in ("", "--text"):
+        raise UsageError(f"/save: expected FILE, or FILE --text, not {rest!r} behind it (quote a name with spaces)")
+    if path.exists():
+        try:
+            read_chat(path)
+        except EngineError as error:
+            raise UsageError(f"{path} exists and is not replaced: {error.message}") from None
+    talk.console.progress("saving")
+    save_chat(path, talk.chat, keys=not rest)
+    tokens = 0 if rest else len(talk.setup.session)
+    size = f"{path.stat().st_size / 2**20:,.1f} MiB"
+    talk.console.remark(f"({path}: {len(talk.chat.messages)} messages, the keys of {tokens:,} tokens, {size})")
 
 
 def _load(talk: Conversation, argument: str) -> None:
-    raise UsageError("not yet")
+    from pyengine.chat_file import restore_chat
+
+    path, rest = _path_and_rest(argument)
+    if rest:
+        raise UsageError(f"/load: expected FILE, not {rest!r} behind it (quote a name with spaces)")
+    talk.console.progress("loading")
+    restored = restore_chat(path, talk.chat)
+    talk.attached, talk.end = [], None
+    note = f"; {restored.note}" if restored.note else ""
+    talk.console.remark(f"({path}: {restored.messages} messages, the keys of {restored.tokens:,} tokens{note})")
 
 
 def _read(talk: Conversation, argument: str) -> None:
@@ -234,7 +258,7 @@ def _path_and_rest(argument: str) -> tuple[Path, str]:
     """A path with spaces needs quotes, unless the whole argument is one."""
     whole = Path(argument).expanduser()
     if not argument:
-        raise UsageError("/read needs the name of a file")
+        raise UsageError("which file?")
     if whole.exists():
         return whole, ""
     if argument[0] in "'\"":
@@ -284,9 +308,9 @@ COMMANDS = (
     Command("/set", "[NAME VALUE]", "show or change how tokens are chosen", _set, (*SETTINGS, *_LIMITS)),
     Command("/show", "[messages | template]", "the model, the context, all settings", _show, ("messages", "template")),
     Command("/stats", "[on | off]", "numbers of the last answer, or of every one", _stats, ("on", "off")),
-    Command("/save", "FILE", "keep the conversation in a file", _save, None),
+    Command("/save", "FILE [--text]", "keep the conversation; --text: without what the model has read", _save, None),
     Command("/load", "FILE", "go on with a kept conversation", _load, None),
-    Command("/read", "FILE [MESSAGE]", "put a text file before your (next) message", _read, None),
+    Command("/read", "FILE [MESSAGE]", "put a text file before your message, or the next", _read, None),
     Command("/think", "[show | dim | hide]", "the last reasoning in full, or how to show it", _think, THINK),
     Command("/bye", "", "leave", _bye),
 )

@@ -124,7 +124,7 @@ def check_utf8(text: str, what: str) -> str:
 
 
 def state_folder() -> Path | None:
-    """Where what a program remembers between runs belongs: ``$XDG_STATE_HOME/pyengine``; None where there is no home."""
+    """Where what is remembered between runs belongs: ``$XDG_STATE_HOME/pyengine``; None where there is no home."""
     base = os.environ.get("XDG_STATE_HOME", "")
     if os.path.isabs(base):  # the specification says to ignore others
         return Path(base, "pyengine")

@@ -147,6 +147,10 @@ class Console:
             sys.stdout.write("\n")
             sys.stdout.flush()
 
+    def progress(self, text: str) -> None:
+        """What is being done, until the next output."""
+        self._status.show(text)
+
     def remark(self, text: str) -> None:
         """Lines of ours in the conversation, broken between words."""
         self._status.clear()

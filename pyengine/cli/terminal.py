@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from pyengine.generate import End
 
 
+Past = tuple[list[dict[str, str]], int]
+"""The messages of a chat, and how many of them the model no longer sees."""
+
+
 def converse(setup: Setup, console: Console) -> int:
     """Until the user leaves; returns the exit code."""
     return Conversation(setup, console).run()
@@ -42,6 +46,10 @@ class Conversation:
         self.stats = False
         self._stopped = False  # Ctrl-C was the last thing that happened
 
+    def past(self) -> Past:
+        """To go back to what is now."""
+        return list(self.chat.messages), self.chat.dropped
+
     def run(self) -> int:
         self._greet()
         while True:
@@ -52,6 +60,8 @@ class Conversation:
                 commands.obey(text, self)
             except UsageError as error:
                 self.console.remark(f"({error}; nothing was sent)")
+            except EngineError as error:  # of a command
+                self.console.remark(f"({describe(error)})")
             except EOFError:
                 return EXIT_OK
             except Leave:
@@ -69,13 +79,12 @@ class Conversation:
             self.console.remark(", ".join(about) if columns(sys.stderr) > 60 else "\n".join(about))
             self.console.remark("/help lists the commands; Ctrl-D leaves")
 
-    def send(self, text: str, *, instead_of: list[dict[str, str]] | None = None) -> None:
+    def send(self, text: str, *, instead_of: Past | None = None) -> None:
         """Has a message answered; a failure is told and the conversation goes on.
 
-        ``instead_of``: the messages to go back to when no new answer begins.
+        ``instead_of``: what to go back to when no new answer begins.
         """
         chat = self.chat
-        before = chat.messages if instead_of is None else instead_of
         n_before = len(chat.messages)
         message = "\n\n".join(part for part in (*self.attached, text) if part)
         fate = "your message was taken back" if instead_of is None else "the earlier answer stays"
@@ -83,22 +92,20 @@ class Conversation:
             with quiet_keys():
                 self.end = end = self.console.answer(lambda: chat.send(message), self.setup.session.cancel)
         except EngineError as error:
-            chat.messages = before
             why = error.message if isinstance(error, ContextFull) else f"error: {describe(error)}"
             self.console.remark(f"({why}; {fate})")
-            say("")
-            return
-        explain_end(end, verbose=self.setup.args.verbose)
-        if self.stats:
-            self.console.remark(table_of(end.stats))
-        self._stopped = end.reason == "cancelled"
-        remarks = ["stopped"] * self._stopped
-        if len(chat.messages) == n_before:
-            chat.messages = before
-            remarks.append(f"no answer had begun: {fate}")
         else:
+            explain_end(end, verbose=self.setup.args.verbose)
+            if self.stats:
+                self.console.remark(table_of(end.stats))
+            self._stopped = end.reason == "cancelled"
+            remarks = ["stopped"] * self._stopped
+            remarks += [f"no answer had begun: {fate}"] * (len(chat.messages) == n_before)
+            remarks += ["Ctrl-C again leaves"] * self._stopped
+            if remarks:
+                self.console.remark(f"({'; '.join(remarks)})")
+        if len(chat.messages) > n_before:
             self.attached = []
-        remarks += ["Ctrl-C again leaves"] * self._stopped
-        if remarks:
-            self.console.remark(f"({'; '.join(remarks)})")
+        elif instead_of is not None:
+            chat.messages, chat.dropped = instead_of
         say("")

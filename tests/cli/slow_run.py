@@ -13,7 +13,7 @@ from typing import Any
 from pyengine.cli.run import main
 from pyengine.model import Session
 
-_eval, _prefill, _cancel = Session.eval, Session.prefill, Session.cancel
+_eval, _prefill, _cancel, _clear = Session.eval, Session.prefill, Session.cancel, Session.clear_cancel
 _cancelled = threading.Event()
 
 
@@ -38,6 +38,12 @@ def slow_cancel(self: Session) -> None:
     _cancelled.set()
 
 
+def slow_clear(self: Session) -> None:
+    _clear(self)
+    _cancelled.clear()
+
+
+Session.clear_cancel = slow_clear  # type: ignore[method-assign]
 Session.eval = slow_eval  # type: ignore[method-assign]
 Session.prefill = slow_prefill  # type: ignore[method-assign]
 Session.cancel = slow_cancel  # type: ignore[method-assign]

@@ -175,7 +175,7 @@ def test_a_file_goes_before_the_message(start: Start, tmp_path: Path) -> None:
     say(chat, "/read with space.txt")
     assert "(the file was put away)" in say(chat, "/undo")
     for name, complaint in {
-        "": "needs the name of a file",
+        "": "which file?",
         "nothing.txt": "is not there",
         ".": "no regular file",
         "/dev/null": "no regular file",
@@ -184,6 +184,42 @@ def test_a_file_goes_before_the_message(start: Start, tmp_path: Path) -> None:
     }.items():
         assert complaint in say(chat, f"/read {name}")
     assert "messages  4" in say(chat, "/show")
+    leave(chat)
+
+
+def test_a_saved_conversation_goes_on_without_being_read_again(start: Start, tmp_path: Path) -> None:
+    chat = start()
+    say(chat, "/system Be kind.")
+    say(chat, "What is 27 + 58?")
+    say(chat, "/set top-k 7")
+    assert re.search(r"talk.chat: 3 messages, the keys of \d+ tokens, [\d.]+ MiB", say(chat, "/save talk.chat"))
+    say(chat, "And 5 times 7?")
+    uninterrupted = say(chat, "/show messages")
+    leave(chat)
+    assert stat.S_IMODE((tmp_path / "talk.chat").stat().st_mode) == 0o600
+    chat = start()
+    assert "3 messages, the keys of " in say(chat, "/load talk.chat")
+    assert "top-k 7" in say(chat, "/set")
+    say(chat, "And 5 times 7?")
+    assert say(chat, "/show messages") == uninterrupted
+    kept, new = map(int, re.findall(r"(\d+) kept, (\d+) new", say(chat, "/stats"))[0])
+    assert kept > new > 0
+    # without keys; over a chat file, but over nothing else
+    say(chat, "/save talk.chat --text")
+    assert "5 messages, the keys of 0 tokens" in say(chat, "/load talk.chat")
+    (tmp_path / "novel.txt").write_text("Call me Ishmael.")
+    assert "exists and is not replaced" in say(chat, "/save novel.txt").replace("\r\n", " ")
+    assert (tmp_path / "novel.txt").read_text() == "Call me Ishmael."
+    for command, complaint in {
+        "/load novel.txt": "novel.txt",
+        "/load nothing.chat": "No such file",
+        "/load": "which file?",
+        "/save": "which file?",
+        "/save a.chat b": "quote a name with spaces",
+        "/save no/such/folder/x": "no/such/folder",
+    }.items():
+        assert complaint in say(chat, command).replace("\r\n", " ")
+    assert "messages  5" in say(chat, "/show")
     leave(chat)
 
 
