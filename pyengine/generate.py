@@ -15,9 +15,9 @@ import threading
 import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pyengine.errors import Cancelled, ContextFull, EngineError, InvalidArgument
 from pyengine.events import End as End
@@ -389,7 +389,21 @@ class Chat:
         """
         if not text.strip():
             raise InvalidArgument("the message is empty", code="empty_prompt")
-        turn = _Turn(self, {"role": "user", "content": text})
+        return self._answer({"role": "user", "content": text})
+
+    def continue_with(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
+        """The answer to a whole conversation given from outside, whatever its last message is; it takes the place of
+        the one there was. Errors: as of :meth:`send`."""
+        if not messages:
+            raise InvalidArgument("there are no messages", code="empty_prompt")
+        first = messages[0]
+        self.dropped = 0
+        self._system = [dict(first)] if first.get("role") == "system" and len(messages) > 1 else []
+        self.messages = [dict(message) for message in messages[:-1]]
+        return self._answer(dict(messages[-1]))
+
+    def _answer(self, message: dict[str, Any]) -> Iterator[Event]:
+        turn = _Turn(self, message)
         events = generate(
             self.session,
             turn.prompt.ids,

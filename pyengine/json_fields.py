@@ -33,7 +33,9 @@ def parse(text: bytes) -> Any:
     Errors: ``ValueError`` with a sentence.
     """
     try:
-        return json.loads(text.decode(), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        return json.loads(
+            text.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_duplicates
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is no UTF-8") from None
     except RecursionError:
@@ -42,6 +44,13 @@ def parse(text: bytes) -> Any:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -71,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="end an answer that repeats itself word for word for N tokens; 0: never (default 512; with --raw 0)",
     )
     answer.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    answer.add_argument(
+        "--stream-json",
+        action="store_true",
+        help="requests on standard input, events on standard output, one JSON object a line (docs/stream.md)",
+    )
     answer.add_argument("-v", "--verbose", action="store_true", help="settings, notes and statistics on standard error")
     answer.add_argument("--no-history", action="store_true", help="a chat neither recalls nor keeps what you type")
     answer.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -111,6 +116,10 @@ def check(args: argparse.Namespace) -> None:
                 raise UsageError(f"{option} is empty")
     if args.raw and args.system is not None:
         raise UsageError("--raw uses no template, so there is no place for --system")
+    if args.stream_json:
+        for option, given in (("--json", args.json), ("--session", args.session), ("--system", args.system)):
+            if given:
+                raise UsageError(f"{option} and --stream-json exclude each other: requests say it themselves")
     if args.session is not None:
         check_name(args.session)
     if args.raw and (args.session is not None or args.overflow != "stop"):

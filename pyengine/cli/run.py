@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine.cli.arguments import NAME, build_parser, check, model_path, read_prompt
 from pyengine.cli.common import EXIT_CONTEXT, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_command, say, use_utf8
 from pyengine.cli.console import Console, explain_end
+from pyengine.cli.report import logprobs, timings, usage
 from pyengine.cli.setup import Setup
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     path = model_path(args)
     check(args)
+    if args.stream_json:
+        from pyengine.cli.stream import serve
+
+        return serve(path, args, Setup)
     prompt = read_prompt(args)
     if prompt is None and (args.json or args.raw):
         raise UsageError(f"{'--json' if args.json else '--raw'} needs a prompt: as an argument or piped in")
@@ -81,26 +86,11 @@ def _report(events: list[Event], end: End, settings: SamplerSettings) -> dict[st
         "finish_reason": end.reason,
         "stop": end.stop,
         "seed": s.seed,
-        "usage": {
-            "prompt_tokens": s.prompt_tokens,
-            "reused_tokens": s.reused_tokens,
-            "completion_tokens": s.generated_tokens,
-            "reasoning_tokens": s.reasoning_tokens,
-            "drafted_tokens": s.drafted_tokens,
-            "accepted_tokens": s.accepted_tokens,
-        },
-        "timings": {
-            "prefill_seconds": round(s.prefill_seconds, 6),
-            "decode_seconds": round(s.decode_seconds, 6),
-            "prefill_tokens_per_second": round(s.prefill_rate, 3),
-            "decode_tokens_per_second": round(s.decode_rate, 3),
-        },
+        "usage": usage(s),
+        "timings": timings(s),
     }
     if settings.top_logprobs is not None:
-        report["logprobs"] = [
-            {"id": t.id, "logprob": t.logprob, "top": [{"id": o.id, "logprob": o.logprob} for o in t.top_logprobs]}
-            for t in tokens
-        ]
+        report["logprobs"] = [logprobs(token) for token in tokens]
     return report
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _LEAST_CONTEXT = 4096  # what a session gets when memory is short or unknown
 _LOOP_LIMIT = 512  # the default of --loop-limit
+_PREFIX_BYTES = 256 << 20
 OnPrefill = Callable[[int, int], object]
 
 
@@ -168,8 +169,14 @@ def _load(path: Path, args: argparse.Namespace, *, rope_attn_scale: float | None
         if time.monotonic() - start > 0.5:
             status.show(f"loading {done:.0%}")
 
-    try:  # with one session there is nobody to share beginnings with
-        return Model.open(path, copy=args.copy, rope_attn_scale=rope_attn_scale, progress=progress, prefix_bytes=0)
+    try:
+        return Model.open(
+            path,
+            copy=args.copy,
+            rope_attn_scale=rope_attn_scale,
+            progress=progress,
+            prefix_bytes=_PREFIX_BYTES if args.stream_json else 0,  # a host may go to and fro between conversations
+        )
     finally:
         status.clear()
 
