@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 CHECKS := $(wildcard tests/*/*_check.cc) benchmarks/limits.cc
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: run test test-peers determinism determinism-aarch64 golden lint format sanitize limits bench wheel wheel-check clean
+.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
 	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
@@ -35,6 +35,9 @@ determinism-aarch64: $(VENV)/.test  ## the golden hashes on an emulated aarch64 
 	$(BIN)/cmake --build build/aarch64 --target logits_check
 	$(BIN)/python -m tests.determinism.golden $(if $(ALL),,--quick) \
 	  --program build/aarch64/checks/logits_check --emulator "qemu-aarch64 -L /usr/$(AARCH64)"
+
+interrupts: $(VENV)/.test  ## how long Ctrl-C takes at 200 random moments; MODEL=FILE.gguf (p99 above 250 ms fails)
+	$(BIN)/python -m tests.cli.interrupts $(MODEL)
 
 golden: $(VENV)/.test  ## adds to golden.json what it lacks, after a new numerics epoch (docs/numerics.md)
 	$(BIN)/python -m tests.determinism.golden --write

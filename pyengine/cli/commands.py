@@ -83,16 +83,18 @@ def _files(typed: str) -> Iterator[str]:
 
 
 def _help(talk: Conversation, argument: str) -> None:
-    width = columns(sys.stderr)
-    for command in COMMANDS:
-        usage = f"{command.name} {command.argument}".rstrip()
-        if width < 60:
+    width = columns(sys.stderr) - 1
+    usages = [f"{command.name} {command.argument}".rstrip() for command in COMMANDS]
+    indent = max(map(len, usages)) + 2
+    for usage, command in zip(usages, COMMANDS, strict=True):
+        if width < 2 * indent:
             say(usage)
-            say(textwrap.fill(command.help, width - 1, initial_indent="    ", subsequent_indent="    "))
+            say(textwrap.fill(command.help, width, initial_indent="    ", subsequent_indent="    "))
         else:
-            say(textwrap.fill(command.help, width - 1, initial_indent=f"{usage:24}", subsequent_indent=" " * 24))
+            first, rest = usage.ljust(indent), " " * indent
+            say(textwrap.fill(command.help, width, initial_indent=first, subsequent_indent=rest))
     say("")
-    say(textwrap.fill(_KEYS, width - 1))
+    say(textwrap.fill(_KEYS, width))
 
 
 _KEYS = (
@@ -153,7 +155,7 @@ def _set(talk: Conversation, argument: str) -> None:
     name, _, value = argument.replace("=", " ", 1).partition(" ")
     name, value = name.lstrip("-").replace("_", "-"), value.strip()
     if not name:
-        say(_settings(talk))
+        talk.console.tell(_settings(talk))
     elif not value:
         raise UsageError(f"/set {name} needs a value")
     elif name in _LIMITS:
@@ -176,8 +178,8 @@ def _limit(name: str, value: str, least: int) -> int | None:
 
 def _settings(talk: Conversation) -> str:
     limits = {name: getattr(talk.chat, attribute) for name, (attribute, _) in _LIMITS.items()}
-    shown = [*described(talk.chat.settings), *(f"{name} {value or 'off'}" for name, value in limits.items())]
-    return textwrap.fill(", ".join(shown), columns(sys.stderr) - 1, break_on_hyphens=False)
+    own = (f"{name} {'off' if value is None else value}" for name, value in limits.items())
+    return ", ".join([*described(talk.chat.settings), *own])
 
 
 def _show(talk: Conversation, argument: str) -> None:
@@ -191,13 +193,16 @@ def _show(talk: Conversation, argument: str) -> None:
         raise UsageError(f"/show {argument}: expected nothing, template or messages")
     else:
         m, s = setup.model, setup.session
-        say(f"model     {setup.path.name}: {m.architecture}, {m.n_params / 1e6:,.1f} M parameters")
-        say(f"context   {len(s):,} of {s.n_ctx:,} tokens used; KV {setup.args.kv_type}, {s.threads} threads")
-        say(f"template  {chat.template.origin}")
-        say(f"system    {chat.system or '(none)'}")
-        say(f"messages  {len(chat.messages)}")
-        say(f"thinking  {talk.console.think}")
-        say(_settings(talk))
+        lines = [
+            f"model     {setup.path.name}: {m.architecture}, {m.n_params / 1e6:,.1f} M parameters",
+            f"context   {len(s):,} of {s.n_ctx:,} tokens used; KV {s.kv_type}, {s.threads} threads",
+            f"template  {chat.template.origin}",
+            f"system    {chat.system or '(none)'}",
+            f"messages  {len(chat.messages)}",
+            f"thinking  {talk.console.think}",
+            _settings(talk),
+        ]
+        talk.console.tell("\n".join(lines))
 
 
 def _stats(talk: Conversation, argument: str) -> None:
@@ -209,7 +214,7 @@ def _stats(talk: Conversation, argument: str) -> None:
     elif talk.end is None:
         raise UsageError("there is no answer yet")
     else:
-        say(table_of(talk.end.stats))
+        talk.console.tell(table_of(talk.end.stats))
 
 
 def _save(talk: Conversation, argument: str) -> None:

@@ -151,14 +151,17 @@ class Console:
         """What is being done, until the next output."""
         self._status.show(text)
 
-    def remark(self, text: str) -> None:
-        """Lines of ours in the conversation, broken between words."""
+    def tell(self, text: str) -> None:
+        """Lines that were asked for, broken between words."""
         self._status.clear()
         width = max(20, columns(sys.stderr) - 1)
-        lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in text.splitlines()]
+        say("\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in text.splitlines()))
+
+    def remark(self, text: str) -> None:
+        """Lines of ours in the conversation, faint."""
+        self._status.clear()
         with self._dimmed():
-            say("\n".join(lines), end="")
-        say("")
+            self.tell(text)
 
     def _think(self, text: str, n_tokens: int) -> None:
         if self._thinking_since is None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pyengine.cli.common import can_draw, check_utf8, say
+from pyengine.cli.common import UsageError, can_draw, check_utf8, say
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -52,7 +52,10 @@ def _is_unfinished(text: str) -> bool:
 
 def _message(text: str) -> str:
     """Without the quotes around several lines."""
-    text = check_utf8(text, "the message")
+    try:
+        check_utf8(text, "the message")
+    except UsageError as error:
+        raise UsageError(f"{error}; nothing was sent") from None
     found = re.fullmatch(r'\s*"""\n?(.*?)\n?"""\s*', text, re.DOTALL)
     return found[1] if found else text
 

@@ -59,7 +59,7 @@ class Conversation:
                 self._stopped = False
                 commands.obey(text, self)
             except UsageError as error:
-                self.console.remark(f"({error}; nothing was sent)")
+                self.console.remark(f"({error})")
             except EngineError as error:  # of a command
                 self.console.remark(f"({describe(error)})")
             except EOFError:

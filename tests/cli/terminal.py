@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -37,6 +38,8 @@ class Terminal:
         self._stream = pyte.ByteStream(self._screen)
         self._undrawn = bytearray()
         _set_size(self._slave, columns, rows)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job, where Ctrl-C would do nothing
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # The leader of a session without a terminal gets the first one that it opens.
         opener = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', os.ttyname(self._slave)]
         self.process = subprocess.Popen([*opener, *command], env=env, cwd=cwd, start_new_session=True)
@@ -45,14 +48,14 @@ class Terminal:
 
     def wait_for(self, text: str, seconds: float = 30.0) -> str:
         """Reads until ``text`` is printed after what was waited for before; returns what was printed until then."""
-        self._read_until(lambda: text in self.seen[self._at :], seconds, repr(text))
+        self.wait_until(lambda: text in self.seen[self._at :], seconds, repr(text))
         start, self._at = self._at, self.seen.index(text, self._at) + len(text)
         return self.seen[start : self._at]
 
     def wait_for_prompt(self, typed: str = "", seconds: float = 30.0) -> str:
         """Reads until the cursor stands in a line that is the prompt and ``typed``; returns what was printed."""
         start, want = self._at, f"{PROMPT} {typed}".rstrip()
-        self._read_until(lambda: self.line() == want, seconds, repr(want))
+        self.wait_until(lambda: self.line() == want, seconds, repr(want))
         self._at = len(self.seen)
         return self.seen[start:]
 
@@ -61,6 +64,11 @@ class Terminal:
         data, self._undrawn = bytes(self._undrawn), bytearray()
         self._stream.feed(data)
         return self._screen
+
+    @property
+    def unread(self) -> str:
+        """What was printed after what was waited for last."""
+        return self.seen[self._at :]
 
     def line(self) -> str:
         """The one that the cursor is in."""
@@ -92,7 +100,7 @@ class Terminal:
 
     def paste(self, text: str) -> None:
         """As a terminal hands over what is pasted, once the program has asked for that."""
-        self._read_until(lambda: "\x1b[?2004h" in self.seen, 30.0, "bracketed paste")
+        self.wait_until(lambda: "\x1b[?2004h" in self.seen, 30.0, "bracketed paste")
         self.type(f"\x1b[200~{text}\x1b[201~".replace("\n", "\r"))
 
     def interrupt(self) -> None:
@@ -118,7 +126,8 @@ class Terminal:
                 break
         return self.process.wait(max(0.1, deadline - time.monotonic()))
 
-    def _read_until(self, done: Callable[[], bool], seconds: float, what: str) -> None:
+    def wait_until(self, done: Callable[[], bool], seconds: float, what: str) -> None:
+        """Reads until ``done``; ``what`` it waits for is told when that takes longer."""
         deadline = time.monotonic() + seconds
         while not done():
             left = deadline - time.monotonic()
