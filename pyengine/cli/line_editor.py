@@ -65,10 +65,14 @@ class _Lines:
 
     def read(self, prefill: str = "") -> str:
         say((prefill and prefill + "\n") + PROMPT, end="")  # what cannot be edited can be read and typed anew
-        text = self._line()
-        while _is_unfinished(text):
-            say(MORE, end="")
-            text += "\n" + self._line()
+        try:
+            text = self._line()
+            while _is_unfinished(text):
+                say(MORE, end="")
+                text += "\n" + self._line()
+        except (EOFError, KeyboardInterrupt):
+            say("")  # ends the line
+            raise
         return _message(text)
 
     def _line(self) -> str:
@@ -104,8 +108,10 @@ class _Editor:
 
         self._pastes: dict[str, str] = {}  # name -> text
         self._history = MessageHistory(history)
-        output = Vt100_Output.from_pty(sys.stdout, term=os.environ.get("TERM"))
-        output.enable_cpr = False  # terminals that do not say where the cursor is would be waited for
+        output = None
+        if os.name == "posix":
+            output = Vt100_Output.from_pty(sys.stdout, term=os.environ.get("TERM"))
+            output.enable_cpr = False  # terminals that do not say where the cursor is would be waited for
         self._session: PromptSession[str] = PromptSession(
             history=self._history,
             output=output,

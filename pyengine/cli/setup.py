@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from pyengine.cli.common import Status, UsageError, read_utf8, say
+from pyengine.cli.common import Status, UsageError, duration, read_utf8, say
 from pyengine.cli.options import sampler_settings
 from pyengine.cli.sessions import NamedSession
 from pyengine.errors import EngineError, UnsupportedError
@@ -166,8 +166,10 @@ def _load(path: Path, args: argparse.Namespace, *, rope_attn_scale: float | None
     status, start = Status(), time.monotonic()
 
     def progress(done: float) -> None:
-        if time.monotonic() - start > 0.5:
-            status.show(f"loading {done:.0%}")
+        seconds = time.monotonic() - start
+        if seconds > 0.5:
+            left = f", {duration(seconds / done * (1.0 - done))} left" if done > 0 else ""
+            status.show(f"loading {path.name}: {done:.0%}{left}")
 
     try:
         return Model.open(

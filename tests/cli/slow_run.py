@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 from pyengine.cli.run import main
-from pyengine.model import Session
+from pyengine.model import Model, Session
 
 _eval, _prefill, _cancel, _clear = Session.eval, Session.prefill, Session.cancel, Session.clear_cancel
+_open = Model.open
 _cancelled = threading.Event()
 
 
@@ -38,11 +40,20 @@ def slow_cancel(self: Session) -> None:
     _cancelled.set()
 
 
+def slow_open(path: Any, *, progress: Any = None, **options: Any) -> Model:
+    """``SLOW_LOAD``: seconds for the first half of the file."""
+    time.sleep(float(os.environ.get("SLOW_LOAD", "0")))
+    if progress is not None:
+        progress(0.5)
+    return _open(path, progress=progress, **options)
+
+
 def slow_clear(self: Session) -> None:
     _clear(self)
     _cancelled.clear()
 
 
+Model.open = slow_open  # type: ignore[assignment,method-assign]
 Session.clear_cancel = slow_clear  # type: ignore[method-assign]
 Session.eval = slow_eval  # type: ignore[method-assign]
 Session.prefill = slow_prefill  # type: ignore[method-assign]

@@ -471,6 +471,27 @@ def test_a_change_of_size_hurts_neither_the_line_nor_the_answer(start: Start) ->
     leave(chat)
 
 
+def test_loading_and_reading_tell_how_far_they_are_and_what_is_left(start: Start) -> None:
+    chat = start("-c", "8192", command=SLOW, SLOW="0.2", SLOW_LOAD="0.8")
+    assert re.search(r"loading demo-q8_0.gguf: 50%, 0:01 left\r\x1b\[J", chat.seen)
+    chat.paste("".join(f"line {i}\n" for i in range(300)))
+    chat.wait_for("lines]")
+    chat.type("\r")
+    told = chat.wait_for("thinking")
+    steps = [
+        (int(done.replace(",", "")), total)
+        for done, total in re.findall(r"reading ([\d,]+)/([\d,]+) tokens, 0:0\d", told)
+    ]
+    assert len({total for _, total in steps}) == 1
+    assert len({done for done, _ in steps}) >= 3
+    assert all(done % 256 == 0 for done, _ in steps)
+    assert steps == sorted(steps)
+    chat.interrupt()
+    chat.wait_for_prompt()
+    assert not [line for line in chat.lines() if line.startswith(("reading", "loading", "thinking"))]
+    leave(chat)
+
+
 @pytest.mark.parametrize("columns", [40, 20])
 def test_narrow_terminals_show_everything(start: Start, columns: int) -> None:
     chat = start(command=SLOW, size=(columns, 24))

@@ -5,6 +5,7 @@ Also looks at what the native libraries are linked with: no OpenMP, no libpython
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,8 @@ def main(folder: str) -> None:
         )
         print("pyengine-run --demo:", answer.stdout.strip())
         assert "42" in answer.stdout, answer.stdout
+        editor = "from pyengine.cli import line_editor; line_editor._Editor(lambda text: (), None)"
+        subprocess.run([python, "-c", editor], check=True, cwd=tmp, env=os.environ | {"TERM": "xterm"})
         for command in ("pyengine-convert", "pyengine-imatrix", "pyengine-perplexity"):
             subprocess.run([f"{tmp}/venv/bin/{command}", "--help"], check=True, capture_output=True, cwd=tmp)
 
