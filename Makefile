@@ -70,7 +70,7 @@ sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer + UndefinedBeh
 limits: $(VENV)/.test  ## what this machine can do at most: memory, arithmetic, barriers
 	build/checks/limits
 
-bench: $(VENV)/.test  ## the benchmarks, one command each; BENCH=NAME runs one, e.g. make bench BENCH="decode --synthetic r1-qwen-1.5b:q4_0"
+bench: $(VENV)/.test  ## the benchmarks, one command each; BENCH=NAME runs one, e.g. make bench BENCH="e2e --synthetic r1-distill-qwen-1.5b:q4_0"
 	$(BIN)/python benchmarks/$(or $(firstword $(BENCH)),list).py $(wordlist 2,99,$(BENCH))
 
 wheel: $(VENV)/.run

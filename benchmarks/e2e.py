@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from common import interleave, model_path, parser, prompt, start, timed
+from common import finish, interleave, model_path, parser, prompt, start, timed
 
 from pyengine import Model
 from pyengine.generate import End, generate
@@ -52,7 +52,7 @@ def main() -> None:
         interleave(args.rounds, {"generate": whole, "eval": steps})
     if rest.values:
         rest.share = f"{100 * (rest.median - alone.median) / rest.median:.1f} % is not evaluation"
-    report.finish(args)
+    finish(report, args)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py [--formats Q4_0,Q4_K] [--tiers avx2]
 
-Runs ``kernel_check --bench`` once a round and format; the limits beside each figure are of one thread.
+Runs ``kernel_check --bench`` once a round and format; the limits beside each figure are of one thread
+and of the tier in use.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 
-from common import Row, interleave, parser, start
-from limits import program
+from common import Row, check_program, finish, interleave, parser, start
 
 from pyengine import quant
 
@@ -30,7 +30,7 @@ def main() -> None:
     rows: dict[tuple[str, str, int], Row] = {}
 
     def run(tier: str, name: str) -> None:
-        check = program().with_name("kernel_check")
+        check = check_program("kernel_check")
         command = [check, "--bench", "--tier", tier, "--format", name, "--threads", str(args.threads)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         for line in output.splitlines():
@@ -47,12 +47,12 @@ def main() -> None:
     for (tier, name, n), row in rows.items():
         report.rows.append(row)
         if n == 1:
-            report.of_stream(row, row.median)
-        elif report.limits:
-            limit = report.limits.mac_per_cycle.get("fp32 fma 256", 0.0)
-            limit = limit if name in ("F32", "F16", "BF16") else report.limits.int8(tier)
+            report.of_stream(row, row.median * 1e9, args.threads)
+        elif report.limits and tier == quant.tier_active():
+            limits = report.limits[args.threads]
+            limit = limits.macs(name) / limits.clock_hz / limits.threads
             row.share = f"{100 * row.median / limit:.0f} % of {limit:.0f}" if limit else ""
-    report.finish(args)
+    finish(report, args)
 
 
 if __name__ == "__main__":

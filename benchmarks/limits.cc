@@ -7,12 +7,12 @@
 // each taken by whichever thread is free, as in a decode step. "file" is a file in the page cache, mapped as a model is.
 // Arithmetic is by loops without memory, in MAC (multiply and add) per core cycle; cycles come from a chain of dependent
 // additions timed next to each loop. Medians over the rounds; a shared machine gives less, and says so by its spread.
+#include "runtime/limits.h"
+
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -23,8 +23,9 @@
 
 #include "base/cpu_count.h"
 #include "runtime/thread_pool.h"
+#include "runtime/timed_loop.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef PE_TIMED_LOOPS
 #define PE_X86 1
 #include <immintrin.h>
 #define PE_AVX2 __attribute__((target("avx2")))
@@ -42,63 +43,13 @@ struct Options {
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Time this thread has run: unlike seconds() it is not lengthened by other programs on the same core.
-double cpu_seconds() {
-  timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-struct Figure {
-  double median = 0, low = 0, high = 0;
-};
-
-Figure figure(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  return {v[v.size() / 2], v.front(), v.back()};
-}
-
-// ---- arithmetic ----
-
 #ifdef PE_X86
 
-// A loop of `n` rounds, and how much a round does.
-struct Loop {
-  const char* name;
-  double per_round;  // MAC, or instructions
-  void (*run)(long n, void* memory);
-  bool available;
-};
+bool avx2() { return __builtin_cpu_supports("avx2"); }
 
 // clang-format off
-#define X4(r) r(0) r(1) r(2) r(3)
-#define X8(r) X4(r) r(4) r(5) r(6) r(7)
-#define X12(r) X8(r) r(8) r(9) r(10) r(11)
-#define TEXT(...) #__VA_ARGS__
-#define STRING(x) TEXT(x)
-#define PE_CLOBBERS "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
-                    "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
-#define CLEAR(r) "vpxor %%xmm" #r ", %%xmm" #r ", %%xmm" #r "\n"
-// void name(n, memory): registers cleared, then body n times. %[m]: the memory.
-#define PE_LOOP(name, body)                                                                                        \
-  void name(long n, void* m) {                                                                                     \
-    __asm__ volatile(X12(CLEAR) CLEAR(12) CLEAR(13) CLEAR(14) CLEAR(15) ".p2align 6\n 1:\n" body                   \
-                     "dec %[n]\n jnz 1b\n vzeroupper\n" : [n] "+r"(n) : [m] "r"(m) : PE_CLOBBERS);                 \
-  }
-
-// Twelve chains of fma and of vpdpbusd (four or five cycles long, two a cycle); eight of vpmaddubsw + vpaddw.
-#define FMA256(r) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #r "\n"
-#define FMA512(r) "vfmadd231ps %%zmm14, %%zmm15, %%zmm" #r "\n"
-#define DOT256(r) "vpdpbusd %%ymm14, %%ymm15, %%ymm" #r "\n"
-#define DOT512(r) "vpdpbusd %%zmm14, %%zmm15, %%zmm" #r "\n"
 #define MADD256(r) "vpmaddubsw %%ymm14, %%ymm15, %%ymm12\n vpaddw %%ymm12, %%ymm" #r ", %%ymm" #r "\n"
-#define MADD512(r) "vpmaddubsw %%zmm14, %%zmm15, %%zmm12\n vpaddw %%zmm12, %%zmm" #r ", %%zmm" #r "\n"
-PE_LOOP(fma256, X12(FMA256))
-PE_LOOP(fma512, X12(FMA512))
-PE_LOOP(dot256, X12(DOT256))
-PE_LOOP(dot512, X12(DOT512))
 PE_LOOP(madd256, X8(MADD256))
-PE_LOOP(madd512, X8(MADD512))
 
 // Question 1: eight shuffles, eight broadcasts from memory, both; eight plain loads and the shuffles.
 #define SHUFFLE(r) "vpshufd $0x1b, %%ymm15, %%ymm" #r "\n"
@@ -138,85 +89,9 @@ PE_LOOP(tile3_wide, X8(WIDE3) END3)
 PE_LOOP(tile4, X8(STEP4) END4)
 // clang-format on
 
-// Median over the rounds of what a loop does per cycle.
-double per_cycle(const Loop& loop, size_t rounds) {
-  alignas(64) static uint8_t memory[8192];
-  std::vector<double> v;
-  for (size_t i = 0; i < 3 * rounds; ++i) {
-    constexpr long kAdds = 16, kCycles = 2'000'000;  // under a millisecond: the clock is the same for both
-    uint64_t a = 0;
-    const double t0 = cpu_seconds();
-    for (long k = 0; k < kCycles / kAdds; ++k) {
-#define ADD4 "add $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\t"
-      __asm__ volatile(ADD4 ADD4 ADD4 ADD4 : "+r"(a));
-#undef ADD4
-    }
-    const double t1 = cpu_seconds();
-    constexpr long kRounds = 100'000;
-    loop.run(kRounds, memory);
-    const double t2 = cpu_seconds();
-    v.push_back(loop.per_round * kRounds / (t2 - t1) * (t1 - t0) / kCycles);
-  }
-  return figure(v).median;
-}
-
-bool avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool avx512() { return __builtin_cpu_supports("avx512bw"); }
-bool vnni() { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl"); }
-
-std::vector<Loop> peaks() {
-  return {{"fp32 fma 256", 12 * 8, fma256, avx2()},      {"fp32 fma 512", 12 * 16, fma512, avx512()},
-          {"int8 maddubs 256", 8 * 32, madd256, avx2()}, {"int8 maddubs 512", 8 * 64, madd512, avx512()},
-          {"int8 dpbusd 256", 12 * 32, dot256, vnni()},  {"int8 dpbusd 512", 12 * 64, dot512, vnni()}};
-}
-
 #endif
-
-double clock_ghz(size_t rounds) {
-  std::vector<double> v;
-  for (size_t i = 0; i < 3 * rounds; ++i) {
-    uint64_t a = 1;
-    const double start = cpu_seconds();
-    for (int k = 0; k < 4'000'000; ++k) __asm__ volatile("" : "+r"(a = a + 1));  // one addition after another
-    v.push_back(4e-3 / (cpu_seconds() - start));
-  }
-  return figure(v).median;
-}
 
 // ---- memory ----
-
-#ifdef PE_X86
-PE_AVX2 uint64_t read_wide(const uint8_t* p, size_t n) {
-  __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
-  const auto at = [p](size_t i) __attribute__((target("avx2"))) {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p + i));
-  };
-  for (size_t i = 0; i < n; i += 128) {
-    a = _mm256_xor_si256(a, at(i));
-    b = _mm256_xor_si256(b, at(i + 32));
-    c = _mm256_xor_si256(c, at(i + 64));
-    d = _mm256_xor_si256(d, at(i + 96));
-  }
-  a = _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d));
-  return static_cast<uint64_t>(_mm256_extract_epi64(a, 0) ^ _mm256_extract_epi64(a, 2));
-}
-#endif
-
-uint64_t read_all(const uint8_t* p, size_t n) {  // n: a multiple of 128
-#ifdef PE_X86
-  static const bool wide = avx2();
-  if (wide) return read_wide(p, n);
-#endif
-  uint64_t sum[8] = {};
-  for (size_t i = 0; i < n; i += 64) {
-    for (size_t k = 0; k < 8; ++k) {
-      uint64_t v;
-      std::memcpy(&v, p + i + 8 * k, 8);
-      sum[k] ^= v;
-    }
-  }
-  return sum[0] ^ sum[1] ^ sum[2] ^ sum[3] ^ sum[4] ^ sum[5] ^ sum[6] ^ sum[7];
-}
 
 enum class Pages { k4K, kHuge, kFile };
 constexpr const char* kPageNames[] = {"4k", "huge", "file"};
@@ -271,39 +146,6 @@ class Memory {
   size_t bytes_, mapped_;
 };
 
-// GB/s of `threads` threads that share pieces of `bytes` bytes; read(begin, size) reads one.
-template <class Read>
-Figure read_stream(ThreadPool& pool, size_t threads, size_t bytes, size_t piece, size_t rounds, Read&& read) {
-  std::vector<double> v;
-  for (size_t i = 0; i < rounds; ++i) {
-    const double start = seconds();
-    pool.run(static_cast<int>(threads), [&](Team& team) {
-      uint64_t sum = 0;
-      team.for_each(bytes / piece, 1, [&](size_t k, size_t) { sum ^= read(k * piece, piece); });
-      __asm__ volatile("" : : "r"(sum));
-    });
-    v.push_back(static_cast<double>(bytes / piece * piece) / (seconds() - start) * 1e-9);
-  }
-  return figure(v);
-}
-
-// ---- the pool ----
-
-double barrier_us(ThreadPool& pool, size_t threads, size_t rounds) {
-  constexpr int kBarriers = 10'000;
-  std::vector<double> v;
-  for (size_t i = 0; i < rounds; ++i) {
-    double start = 0;
-    pool.run(static_cast<int>(threads), [&](Team& team) {
-      team.barrier();
-      if (team.index() == 0) start = seconds();
-      for (int k = 0; k < kBarriers; ++k) team.barrier();
-      if (team.index() == 0) v.push_back((seconds() - start) / kBarriers * 1e6);
-    });
-  }
-  return figure(v).median;
-}
-
 double run_us(ThreadPool& pool, size_t threads, size_t rounds) {
   constexpr int kRuns = 1000;
   std::vector<double> v;
@@ -332,12 +174,12 @@ void measure(const Options& o) {
     std::snprintf(text, sizeof text, format, values...);
     json += text;
   };
-  const double clock = clock_ghz(o.rounds);
+  const double clock = core_hertz(o.rounds) * 1e-9;
   add(", \"clock_ghz\": %.3f, \"mac_per_cycle\": {", clock);
   if (!o.json) std::printf("core clock %.2f GHz\n", clock);
 #ifdef PE_X86
   bool first = true;
-  for (const Loop& loop : peaks()) {
+  for (const Loop& loop : mac_loops()) {
     if (!loop.available) continue;
     const double macs = per_cycle(loop, o.rounds);
     add("%s\"%s\": %.2f", first ? "" : ", ", loop.name, macs);
@@ -354,8 +196,8 @@ void measure(const Options& o) {
     for (const size_t n : counts) {
       const Figure f = read_stream(pool, n, memory.bytes(), 512 << 10, o.rounds,
                                    [&](size_t at, size_t size) { return read_all(memory.data() + at, size); });
-      add("%s\"%zu\": {\"median\": %.2f, \"low\": %.2f, \"high\": %.2f}", n == counts.front() ? "" : ", ", n, f.median,
-          f.low, f.high);
+      add("%s\"%zu\": {\"median\": %.2f, \"low\": %.2f, \"high\": %.2f}", n == counts.front() ? "" : ", ", n,
+          f.median * 1e-9, f.low * 1e-9, f.high * 1e-9);
       if (!o.json)
         std::printf("read, %-4s pages, %2zu threads  %6.1f GB/s (%.1f .. %.1f)\n", kPageNames[p], n, f.median, f.low,
                     f.high);
@@ -364,7 +206,7 @@ void measure(const Options& o) {
   }
   add("}, \"barrier_us\": {");
   for (const size_t n : counts) {
-    const double us = barrier_us(pool, n, o.rounds);
+    const double us = barrier_seconds(pool, n, o.rounds) * 1e6;
     add("%s\"%zu\": %.3f", n == counts.front() ? "" : ", ", n, us);
     if (!o.json) std::printf("barrier, %2zu threads  %8.3f us\n", n, us);
   }
@@ -435,14 +277,17 @@ void ask_prefetch(ThreadPool& pool, const Options& o) {
   for (const size_t n : thread_counts(o.threads)) {
     std::vector<std::vector<double>> gbs(variants.size() + 1);
     for (size_t round = 0; round < o.rounds; ++round) {
-      gbs.back().push_back(read_stream(pool, n, memory.bytes(), 512 << 10, 1, [&](size_t at, size_t size) {
-                             return read_all(memory.data() + at, size);
-                           }).median);
+      gbs.back().push_back(read_stream(pool, n, memory.bytes(), 512 << 10, 1,
+                                       [&](size_t at, size_t size) { return read_all(memory.data() + at, size); })
+                               .median *
+                           1e-9);
       for (size_t i = 0; i < variants.size(); ++i) {
         const Variant& v = variants[i];
-        gbs[i].push_back(read_stream(pool, n, memory.bytes() - (1 << 20), kPiece, 1, [&](size_t at, size_t size) {
-                           return v.read(memory.data() + at, size, kRow, v.distance);
-                         }).median);
+        gbs[i].push_back(
+            read_stream(pool, n, memory.bytes() - (1 << 20), kPiece, 1,
+                        [&](size_t at, size_t size) { return v.read(memory.data() + at, size, kRow, v.distance); })
+                .median *
+            1e-9);
       }
     }
     std::printf("   %2zu threads  %6.1f  one stream, no prefetch\n", n, figure(gbs.back()).median);

@@ -7,12 +7,12 @@ Each round is a new process with the file in the page cache; importing the packa
 
 from __future__ import annotations
 
-from common import in_new_process, interleave, model_path, parser, start
+from common import finish, in_new_process, interleave, model_path, parser, start
 
 PROGRAM = """
 import json, sys, time
 import pyengine
-from common import anonymous_bytes
+from common import anonymous_bytes, finish
 path, threads, tokenizer = json.loads(sys.argv[1])
 before = anonymous_bytes()
 t0 = time.perf_counter()
@@ -52,7 +52,7 @@ def main() -> None:
 
     in_new_process(PROGRAM, str(path), args.threads, False)  # fills the page cache
     interleave(args.rounds, {"from ids": ids, "from text": text})
-    report.finish(args)
+    finish(report, args)
 
 
 if __name__ == "__main__":

@@ -1,268 +1,72 @@
-"""Writes a GGUF of a real model's shape with random weights, for timing: nothing to download, nothing to train.
+"""Writes a GGUF of a real model's shape with random weights and a vocabulary; llama.cpp loads it, too.
 
-    python benchmarks/make_model.py --shape r1-llama-8b --type q4_0 -o /models/random-8b.gguf
-    python benchmarks/make_model.py --shape card --type q4_k_m --layers 4 --vocab llama-bpe.gguf -o small.gguf
+    python benchmarks/make_model.py --shape r1-distill-llama-8b --type Q4_0 -o /models/random-8b.gguf
+    python benchmarks/make_model.py --shape r1-8b-card --type Q4_K_M --layers 4 --vocab llama-bpe.gguf -o small.gguf
 
-Quantised blocks are random bytes with sane scales: every code occurs as often as any other, as fast as random numbers
-come. The scales are set so that a weight has a standard deviation of 1/sqrt(columns): activations keep their size
-through the layers and the logits differ. Only numpy and the ``gguf`` package are used; the same arguments give the same
-bytes. Files load in llama.cpp, too.
+Shapes, types and random blocks are those of ``pyengine.synthetic``; what that leaves out is here: a vocabulary, rope
+constants, and weights that never repeat. The same arguments give the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
-Bytes = npt.NDArray[np.uint8]
+from pyengine.quant import FORMATS, Format
+from pyengine.recipe import RECIPES
+from pyengine.shape import CARDS, Shape
+from pyengine.synthetic import random_blocks, table, tensor_bytes
+
 ALIGNMENT = 32
 PIECE_BLOCKS = 1 << 18  # blocks made at a time: at most 55 MB
 
+# What the figures in docs/performance.md call them.
+SHORT_NAMES = {
+    **{"r1-llama-8b": "r1-distill-llama-8b", "card": "r1-8b-card", "r1-qwen3-8b": "r1-0528-qwen3-8b"},
+    **{"r1-qwen-1.5b": "r1-distill-qwen-1.5b"},
+}
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model; ``context`` is the trained one."""
-
-    arch: str
-    layers: int
-    embd: int
-    ff: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int
-    theta: float
-    eps: float
-    llama3_rope: bool = False
-    yarn: bool = False
-
-
-SHAPES: Mapping[str, Shape] = {
-    "r1-llama-8b": Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072, 500000.0, 1e-5, llama3_rope=True),
-    "card": Shape("llama", 40, 4096, 11008, 64, 64, 64, 128256, 65536, 500000.0, 1e-5),
-    "r1-qwen3-8b": Shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, 131072, 1e6, 1e-6, yarn=True),
-    "r1-qwen-1.5b": Shape("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 131072, 10000.0, 1e-6),
+# Numbers of general.file_type of mixes that no recipe names.
+CODED_FILE_TYPES = {
+    **{"IQ1_S": 24, "IQ1_M": 31, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ2_S": 28, "IQ3_XXS": 23, "IQ3_S": 26},
+    **{"TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38},
 }
 
 
-# --- which type a tensor gets ---------------------------------------------------------------------------------------
-
-# Types whose blocks are random bytes but for d, with the number that general.file_type gives their mixes.
-CODED_KINDS: Mapping[str, int] = {
-    **{"iq1_s": 24, "iq1_m": 31, "iq2_xxs": 19, "iq2_xs": 20, "iq2_s": 28, "iq3_xxs": 23, "iq3_s": 26},
-    **{"iq4_nl": 25, "iq4_xs": 30, "tq1_0": 36, "tq2_0": 37, "mxfp4": 38},
-}
-
-
-def _more_bits(layer: int, layers: int) -> bool:
-    """The layers that the _M mixes keep in Q6_K: the first and last eighth, and every third between."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+def find_shape(name: str) -> Shape:
+    """A card by its own or its short name."""
+    try:
+        return CARDS[SHORT_NAMES.get(name, name)]
+    except KeyError:
+        raise SystemExit(f"--shape {name}: known are {', '.join([*CARDS, *SHORT_NAMES])}") from None
 
 
-def tensor_type(name: str, kind: str, layer: int, layers: int) -> str:
-    """Type of a two-dimensional tensor under ``kind``, as llama.cpp's quantiser assigns them."""
-    plain = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K"}
-    if kind in plain:
-        return plain[kind]
-    if name == "output.weight":
-        return "Q5_K" if kind.startswith(("iq1", "iq2")) else "Q6_K"
-    if kind in CODED_KINDS:  # plainer than the real mixes, which spare a few tensors
-        return kind.upper()
-    base = {"q4_0": "Q4_0", "q4_k_s": "Q4_K", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K"}[kind]
-    value, down = name.endswith("attn_v.weight"), name.endswith("ffn_down.weight")
-    if kind == "q4_k_s":
-        return "Q5_K" if (value and layer < 4) or (down and layer < layers // 8) else base
-    return "Q6_K" if kind.endswith("_m") and (value or down) and _more_bits(layer, layers) else base
-
-
-FILE_TYPES = {
-    **{"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q8_0": 7, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18},
-    **CODED_KINDS,
-}
-
-# --- random blocks --------------------------------------------------------------------------------------------------
-
-
-def _bytes_of(values: npt.NDArray[Any]) -> Bytes:
-    return values.view(np.uint8).reshape(len(values), -1)
-
-
-def _scales(rng: np.random.Generator, n: int, scale: float) -> Bytes:
-    """n float16 scales within 10 % of ``scale``, as bytes [n, 2]."""
-    return _bytes_of((scale * rng.uniform(0.9, 1.1, n)).astype("<f2").reshape(n, 1))
-
-
-def _random(rng: np.random.Generator, n: int, size: int) -> Bytes:
-    return np.frombuffer(rng.bytes(n * size), np.uint8).reshape(n, size).copy()
-
-
-def _q4_0(rng: np.random.Generator, n: int, sigma: float) -> Bytes:
-    # codes - 8 uniform on -8..7: standard deviation 4.61
-    return np.concatenate([_scales(rng, n, sigma / 4.61), _random(rng, n, 16)], axis=1)
-
-
-def _q8_0(rng: np.random.Generator, n: int, sigma: float) -> Bytes:
-    return np.concatenate([_scales(rng, n, sigma / 73.9), _random(rng, n, 32)], axis=1)
-
-
-def _q45_k(rng: np.random.Generator, n: int, sigma: float, extra: int) -> Bytes:
-    """Q4_K (extra 0) and Q5_K (32 bytes of fifth bits): d, dmin, 12 bytes of 6-bit scales and mins, codes.
-
-    All sub-blocks: scale 32, min 32. Then weight = 32 d code - 32 dmin, centred when dmin = d x mean code.
-    The packing of eight 32s (100000b): bytes 0..3 and 4..7 hold the low scales and mins, their top two bits the high
-    bits of the second four, bytes 8..11 the low nibbles of those:  32 | 2 << 6 = 0xa0, and nibbles 0.
-    """
-    top = 31 if extra else 15
-    spread = math.sqrt(((top + 1) ** 2 - 1) / 12)
-    d = _scales(rng, n, sigma / spread / 32)
-    dmin = _bytes_of((d.view("<f2").astype(np.float32) * (top / 2)).astype("<f2"))
-    packed = np.tile(np.array([0xA0] * 8 + [0x00] * 4, np.uint8), (n, 1))
-    return np.concatenate([d, dmin, packed, _random(rng, n, 128 + extra)], axis=1)
-
-
-def _q6_k(rng: np.random.Generator, n: int, sigma: float) -> Bytes:
-    """128 bytes of low bits, 64 of high bits, 16 int8 scales, d. codes - 32 uniform: deviation 18.5; scales 64..127."""
-    scales = rng.integers(64, 128, (n, 16), dtype=np.uint8)
-    return np.concatenate([_random(rng, n, 192), scales, _scales(rng, n, sigma / 18.5 / 96)], axis=1)
-
-
-def with_scales(name: str, blocks: Bytes, d: npt.NDArray[np.float16]) -> Bytes:
-    """Blocks [n, bytes] of a type of CODED_KINDS with the scales d [n] (of MXFP4: the next power of two)."""
-    out = blocks.copy()
-    if name == "MXFP4":
-        out[:, 0] = np.round(np.log2(d.astype(np.float64))) + 128
-    elif name == "IQ1_M":  # four bits of d in the top of each of four words
-        words = out[:, 48:].copy().view("<u2")
-        nibbles = d.view("<u2")[:, None] >> np.array([0, 4, 8, 12], np.uint16) & np.uint16(15)
-        out[:, 48:] = (words & np.uint16(0x0FFF) | nibbles << np.uint16(12)).view(np.uint8)
-    else:
-        at = {"TQ1_0": 52, "TQ2_0": 64}.get(name, 0)
-        out[:, at : at + 2] = d.view(np.uint8).reshape(-1, 2)
-    return out
-
-
-def _coded(rng: np.random.Generator, n: int, name: str) -> Bytes:
-    blocks = _random(rng, n, GGML_QUANT_SIZES[GGMLQuantizationType[name]][1])
-    if name == "TQ2_0":  # digits 0, 1, 2: a 3 becomes a 1
-        blocks[:, :64] ^= blocks[:, :64] & 0xAA & (blocks[:, :64] & 0x55) << 1
-    return blocks
-
-
-@cache
-def _deviation(name: str) -> float:
-    """Standard deviation of the weights of random blocks with a scale of 1."""
-    blocks = with_scales(name, _coded(np.random.default_rng(0), 1024, name), np.ones(1024, np.float16))
-    return float(dequantize(blocks, GGMLQuantizationType[name]).std())
-
-
-def coded_blocks(rng: np.random.Generator, n: int, sigma: float, name: str) -> Bytes:
-    """n random blocks [n, bytes] of a type of CODED_KINDS whose weights have the standard deviation sigma."""
-    d = sigma / _deviation(name) * rng.uniform(0.9, 1.1, n)
-    return with_scales(name, _coded(rng, n, name), d.astype("<f2"))
-
-
-def _float(rng: np.random.Generator, n: int, sigma: float, kind: str) -> Bytes:
-    values = rng.standard_normal(n, np.float32) * np.float32(sigma)
-    if kind == "BF16":
-        return _bytes_of((values.view(np.uint32) >> 16).astype("<u2").reshape(n, 1))
-    return _bytes_of(values.astype("<f4" if kind == "F32" else "<f2").reshape(n, 1))
-
-
-MAKERS: Mapping[str, Callable[[np.random.Generator, int, float], Bytes]] = {
-    "F32": lambda rng, n, sigma: _float(rng, n, sigma, "F32"),
-    "F16": lambda rng, n, sigma: _float(rng, n, sigma, "F16"),
-    "BF16": lambda rng, n, sigma: _float(rng, n, sigma, "BF16"),
-    "Q4_0": _q4_0,
-    "Q8_0": _q8_0,
-    "Q4_K": lambda rng, n, sigma: _q45_k(rng, n, sigma, 0),
-    "Q5_K": lambda rng, n, sigma: _q45_k(rng, n, sigma, 32),
-    "Q6_K": _q6_k,
-    **{kind.upper(): partial(coded_blocks, name=kind.upper()) for kind in CODED_KINDS},
-}
-
-# --- the model ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to write: ``shape`` with rows first, its type, and ``fixed`` values where it is not random."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    fixed: npt.NDArray[np.float32] | None = None
-
-    @property
-    def blocks(self) -> int:
-        return math.prod(self.shape) // GGML_QUANT_SIZES[GGMLQuantizationType[self.type]][0]
-
-    @property
-    def size(self) -> int:
-        return self.blocks * GGML_QUANT_SIZES[GGMLQuantizationType[self.type]][1]
-
-
-def plan(shape: Shape, kind: str) -> list[Planned]:
-    """All tensors in file order."""
-
-    def matrix(name: str, rows: int, cols: int, layer: int = 0) -> Planned:
-        return Planned(name, (rows, cols), tensor_type(name, kind, layer, shape.layers))
-
-    def ones(name: str, n: int) -> Planned:
-        return Planned(name, (n,), "F32", np.ones(n, np.float32))
-
-    def vector(name: str, n: int) -> Planned:
-        return Planned(name, (n,), "F32")
-
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    tensors = [matrix("token_embd.weight", shape.vocab, shape.embd)]
-    for i in range(shape.layers):
-        p = f"blk.{i}."
-        tensors += [
-            ones(p + "attn_norm.weight", shape.embd),
-            matrix(p + "attn_q.weight", q, shape.embd, i),
-            matrix(p + "attn_k.weight", kv, shape.embd, i),
-            matrix(p + "attn_v.weight", kv, shape.embd, i),
-            matrix(p + "attn_output.weight", shape.embd, q, i),
-        ]
-        if shape.arch == "qwen2":
-            tensors += [vector(p + "attn_q.bias", q), vector(p + "attn_k.bias", kv), vector(p + "attn_v.bias", kv)]
-        if shape.arch == "qwen3":
-            tensors += [ones(p + f"attn_{x}_norm.weight", shape.head_dim) for x in "qk"]
-        tensors += [
-            ones(p + "ffn_norm.weight", shape.embd),
-            matrix(p + "ffn_gate.weight", shape.ff, shape.embd, i),
-            matrix(p + "ffn_up.weight", shape.ff, shape.embd, i),
-            matrix(p + "ffn_down.weight", shape.embd, shape.ff, i),
-        ]
-    tensors += [ones("output_norm.weight", shape.embd), matrix("output.weight", shape.vocab, shape.embd)]
-    if shape.llama3_rope:
-        tensors.append(Planned("rope_freqs.weight", (shape.head_dim // 2,), "F32", llama3_factors(shape)))
-    return tensors
+def rope(shape: Shape) -> tuple[float, bool]:
+    """Base, and whether positions are scaled by YaRN, as the models published with such shapes have them."""
+    return {"llama": 500000.0, "qwen3": 1e6, "qwen2": 10000.0}[shape.arch], shape.arch == "qwen3"
 
 
 def llama3_factors(shape: Shape) -> npt.NDArray[np.float32]:
     """Llama 3.1's scaling: factor 8, low 1, high 4, original context 8192."""
-    wavelength = 2 * math.pi * shape.theta ** (np.arange(0, shape.head_dim, 2) / shape.head_dim)
+    wavelength = 2 * math.pi * rope(shape)[0] ** (np.arange(0, shape.head_dim, 2) / shape.head_dim)
     smooth = np.clip((8192 / wavelength - 1) / 3, 0, 1)
     return (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
 
 
 def add_metadata(writer: GGUFWriter, shape: Shape, kind: str, vocab: Path | None) -> None:
     arch = shape.arch
+    theta, yarn = rope(shape)
     writer.add_string("general.name", f"random {arch} {shape.layers}x{shape.embd}")
-    writer.add_uint32("general.file_type", FILE_TYPES[kind])
+    writer.add_uint32("general.file_type", RECIPES[kind].file_type if kind in RECIPES else CODED_FILE_TYPES[kind])
     writer.add_uint32("general.quantization_version", 2)
     numbers = {
         **{"block_count": shape.layers, "context_length": shape.context, "embedding_length": shape.embd},
@@ -272,9 +76,9 @@ def add_metadata(writer: GGUFWriter, shape: Shape, kind: str, vocab: Path | None
     }
     for key, value in numbers.items():
         writer.add_uint32(f"{arch}.{key}", value)
-    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", shape.eps)
-    writer.add_float32(f"{arch}.rope.freq_base", shape.theta)
-    if shape.yarn:  # as R1-0528-Qwen3-8B: an effective attention scale of 1
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5 if arch == "llama" else 1e-6)
+    writer.add_float32(f"{arch}.rope.freq_base", theta)
+    if yarn:  # as R1-0528-Qwen3-8B: an effective attention scale of 1
         writer.add_string(f"{arch}.rope.scaling.type", "yarn")
         writer.add_float32(f"{arch}.rope.scaling.factor", 4.0)
         writer.add_uint32(f"{arch}.rope.scaling.original_context_length", 32768)
@@ -318,33 +122,37 @@ def copy_vocabulary(writer: GGUFWriter, path: Path, n: int) -> None:
         writer.add_key_value(name, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
 
 
-def pieces(tensor: Planned, seed: int) -> Iterator[Bytes]:
+def pieces(shape: Shape, name: str, dims: tuple[int, ...], fmt: Format, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
     """The bytes of a tensor, some 10 MB at a time; they depend on its name and the seed alone."""
-    if tensor.fixed is not None:
-        yield tensor.fixed.astype("<f4").view(np.uint8)
+    fixed: Mapping[str, Callable[[], npt.NDArray[np.float32]]] = {"rope_freqs.weight": lambda: llama3_factors(shape)}
+    if name in fixed or name.endswith("norm.weight"):
+        yield fixed.get(name, lambda: np.ones(dims, np.float32))().astype("<f4").view(np.uint8)
         return
-    rng = np.random.Generator(np.random.PCG64([seed, *tensor.name.encode()]))
-    sigma = 1.0 if tensor.name == "token_embd.weight" else 1 / math.sqrt(tensor.shape[-1])
-    for start in range(0, tensor.blocks, PIECE_BLOCKS):
-        yield MAKERS[tensor.type](rng, min(PIECE_BLOCKS, tensor.blocks - start), sigma)
+    rng = np.random.Generator(np.random.PCG64([seed, *name.encode()]))
+    sigma = 1.0 if name == "token_embd.weight" else 1 / math.sqrt(dims[-1])
+    blocks = tensor_bytes(dims, fmt) // fmt.block_bytes
+    for start in range(0, blocks, PIECE_BLOCKS):
+        yield random_blocks(rng, min(PIECE_BLOCKS, blocks - start), sigma, fmt.name)
 
 
 def make_model(out: Path, shape: Shape, kind: str, *, vocab: Path | None = None, seed: int = 0) -> int:
     """Writes the file and returns its size in bytes."""
+    kind = kind.upper()
+    tensors = table(shape, kind)
     writer = GGUFWriter(out, shape.arch)
     add_metadata(writer, shape, kind, vocab)
-    tensors = plan(shape, kind)
-    for t in tensors:
-        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.size, raw_dtype=GGMLQuantizationType[t.type])
+    for name, dims, fmt in tensors:
+        kinds = GGMLQuantizationType(fmt.type)
+        writer.add_tensor_info(name, dims, np.dtype(np.float32), tensor_bytes(dims, fmt), raw_dtype=kinds)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
     with open(out, "r+b") as file:
         file.seek(0, 2)
-        for t in tensors:
+        for name, dims, fmt in tensors:
             file.write(bytes(-file.tell() % ALIGNMENT))
-            for piece in pieces(t, seed):
+            for piece in pieces(shape, name, dims, fmt, seed):
                 file.write(np.ascontiguousarray(piece).data)
         file.write(bytes(-file.tell() % ALIGNMENT))
         return file.tell()
@@ -353,15 +161,15 @@ def make_model(out: Path, shape: Shape, kind: str, *, vocab: Path | None = None,
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="r1-llama-8b")
-    parser.add_argument("--type", choices=tuple(FILE_TYPES), default="q4_0")
+    parser.add_argument("--shape", default="r1-distill-llama-8b", help=", ".join([*CARDS, *SHORT_NAMES]))
+    parser.add_argument("--type", default="Q4_0", help=", ".join(dict.fromkeys([*RECIPES, *FORMATS])))
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     parser.add_argument("--vocab", type=Path, help="take the vocabulary of this GGUF (default: a synthetic one)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    shape = SHAPES[args.shape]
+    shape = find_shape(args.shape)
     if args.layers is not None:
-        shape = Shape(**{**shape.__dict__, "layers": args.layers})
+        shape = dataclasses.replace(shape, layers=args.layers)
     size = make_model(args.out, shape, args.type, vocab=args.vocab, seed=args.seed)
     print(f"{args.out}: {size / 1e9:.2f} GB", file=sys.stderr)
     return 0

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import Row, interleave, model_path, parser, prompt, start, timed
+from common import Row, finish, interleave, model_path, parser, prompt, start, timed
 
 from pyengine import Model, Session
 from pyengine.generate import End, generate
@@ -115,7 +115,7 @@ def main() -> None:
     for token, beside in pairs:
         if token.values:
             beside.share = f"{100 * beside.median / token.median:.2f} % of a token"
-    report.finish(args)
+    finish(report, args)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from common import Row, interleave, model_path, parser, prompt, start, timed
+from common import Row, finish, interleave, model_path, parser, prompt, start, timed
 
 from pyengine import Model, SamplerSettings, Session
 from pyengine.generate import End, Speculate, generate
@@ -143,7 +143,7 @@ def main() -> None:
         row.share = f"{row.median / costs[1].median:.2f} x one token"
     for name, off, on in quotients:
         report.row(f"x, {name}", "").values.append(on.median / off.median)
-    report.finish(args)
+    finish(report, args)
 
 
 class _NeverEnding:

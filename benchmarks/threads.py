@@ -13,7 +13,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 
-from common import interleave, model_path, parser, prompt, start, timed
+from common import finish, interleave, model_path, parser, prompt, start, timed
 
 from pyengine import Model
 
@@ -58,7 +58,7 @@ def main() -> None:
             row.share = f"{row.median / one.median:.2f} x one thread"
             if i >= 2 * most:
                 row.share = f"{row.median / alone.median:.2f} x alone"
-    report.finish(args)
+    finish(report, args)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,36 @@
-"""How fast a model will run here: the engine's own kernels timed for about a second, on every thread at once."""
+"""How fast a model will run here: the engine itself is timed on a few layers of its shape, a format at a time."""
 
 from __future__ import annotations
 
-import mmap
+import dataclasses
+import math
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from pyengine import quant
-from pyengine.model import KV_TYPES, KvType
+from pyengine import quant, synthetic
+from pyengine.memory import available_memory
+from pyengine.model import KvType, Model, Session
+from pyengine.shape import Shape
 
 PROMPT = 512  # tokens of the prompt that prefill is forecast for
-_COLS = 4096
-_PATTERN = 8  # rows of weights that are repeated
-_PREFILL_ROWS = 256
-_TOKENS = 256  # read at once in prefill, as a session does
-_BYTES = 768 << 20  # of weights read, all formats and threads together: more than any cache holds
-_LEAST_BYTES = 2 << 20  # of a format and thread
-# Of a decode step, beside its matrices: norms, rotations, and meetings of the threads at barriers.
-_LAYER_SECONDS = 25e-6
+_WEIGHTS = 112 << 20  # bytes of the layers timed: several times what a last-level cache holds
+_CACHE = 64 << 20  # bytes of keys and values
+_MOST_LAYERS = 96
+_VOCAB = 256  # tokens: the head's own cost is that of its bytes
+_STEPS = 5
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What this machine's kernels do, all threads together.
+    """What the engine does here, all threads together, norms, barriers and all.
 
     Attributes:
         tier: instruction sets in use; threads: that ran.
         stream: format -> bytes of weights a second, one token at a time (decode).
-        products: format -> multiplications a second, 256 tokens at a time (prefill).
+        products: format -> multiplications a second, a prompt of 512 tokens (prefill).
         cache: cache type -> bytes of keys and values a second, one token at a time.
     """
 
@@ -50,115 +47,6 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """Something timed: ``call(buffer)`` does ``amount`` of work; ``size``: of its buffer, ``pattern`` repeated."""
-
-    amount: float
-    size: int
-    pattern: npt.NDArray[np.uint8]
-    call: Callable[[npt.NDArray[np.uint8]], object]
-
-
-def measure(
-    formats: Iterable[str], kv_types: Iterable[KvType], group: int, head_dim: int, threads: int, seconds: float = 1.0
-) -> Speed:
-    """Times the kernels of some formats, and attention of ``group`` heads to a KV head. Takes a little more time."""
-    names, caches = sorted(set(formats)), list(kv_types)
-    tier = quant.tier_active()
-    size = max(_LEAST_BYTES, _BYTES // (threads * (len(names) + len(caches))))
-    one = [_weights(tier, name, size, 1) for name in names] + [_cache(tier, kv, size, group, head_dim) for kv in caches]
-    many = [_weights(tier, name, size, _TOKENS) for name in names]
-    reading = _rates(one, threads, seconds / 2)
-    return Speed(
-        tier,
-        threads,
-        stream=dict(zip(names, reading, strict=False)),
-        products=dict(zip(names, _rates(many, threads, seconds / 2), strict=True)),
-        cache=dict(zip(caches, reading[len(names) :], strict=True)),
-    )
-
-
-def _weights(tier: str, name: str, size: int, tokens: int) -> _Task:
-    """Reads the weights for one token, or multiplies a few of them with many."""
-    row = quant.find(name).row_bytes(_COLS)
-    rows = size // (row * _PATTERN) * _PATTERN if tokens == 1 else _PREFILL_ROWS
-    x = np.ones((tokens, _COLS), np.float32)
-    amount = rows * row if tokens == 1 else rows * _COLS * tokens
-    return _Task(amount, rows * row, _some_rows(name), lambda b: quant.linear(tier, name, b, rows, _COLS, x))
-
-
-def _cache(tier: str, kv: KvType, size: int, group: int, head_dim: int) -> _Task:
-    """Reads keys and values for one token's queries of a KV head."""
-    pattern = _some_rows(kv.upper())
-    half = size // 2 // len(pattern) * len(pattern)
-    keys = half // quant.find(kv.upper()).row_bytes(head_dim)
-    half = keys * quant.find(kv.upper()).row_bytes(head_dim)
-    q = np.ones((group, head_dim), np.float32)
-    return _Task(2 * half, 2 * half, pattern, lambda b: quant.attend(tier, KV_TYPES[kv], b[:half], b[half:], keys, q))
-
-
-def _pages(size: int) -> npt.NDArray[np.uint8]:
-    """Memory in pages of the ordinary size, as those of a mapped file are: large ones are read faster."""
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
-
-
-def _some_rows(name: str) -> npt.NDArray[np.uint8]:
-    """Packed weights, uint8 [bytes], of :data:`_PATTERN` rows, with scales of an ordinary size."""
-    fmt = quant.find(name)
-    rng = np.random.default_rng(0)
-    if fmt.can_quantise:
-        return quant.quantise(name, rng.standard_normal((_PATTERN, _COLS), np.float32) / 64).reshape(-1)
-    return rng.integers(0x10, 0x3C, _PATTERN * fmt.row_bytes(_COLS), np.uint8)  # as float16: positive, below 1
-
-
-def _buffer(task: _Task) -> npt.NDArray[np.uint8]:
-    buffer = _pages(task.size)
-    whole = task.size // len(task.pattern) * len(task.pattern)
-    buffer[:whole].reshape(-1, len(task.pattern))[:] = task.pattern
-    buffer[whole:] = task.pattern[: task.size - whole]
-    return buffer
-
-
-def _rates(tasks: Sequence[_Task], threads: int, seconds: float) -> list[float]:
-    """Amount a second of each task, all threads together: each thread's by the mean of its rounds.
-
-    A round does every task once, so that a change of the machine meets them all, and caches keep nothing from the last.
-    """
-    buffers = [[_buffer(task) for task in tasks] for _ in range(threads)]
-    rates = [0.0] * len(tasks)
-    lock = threading.Lock()
-    together = threading.Barrier(threads)
-
-    def run(own: Sequence[npt.NDArray[np.uint8]]) -> None:
-        times: list[list[float]] = []
-        end = 0.0
-        while len(times) < 2 or time.perf_counter() < end:  # the first round is not counted
-            times.append([_timed(task, buffer) for task, buffer in zip(tasks, own, strict=True)])
-            if len(times) == 1:
-                together.wait()
-                end = time.perf_counter() + seconds
-        for i, task in enumerate(tasks):
-            with lock:
-                rates[i] += task.amount / statistics.fmean(row[i] for row in times[1:])
-
-    team = [threading.Thread(target=run, args=(own,)) for own in buffers]
-    for thread in team:
-        thread.start()
-    for thread in team:
-        thread.join()
-    return rates
-
-
-def _timed(task: _Task, buffer: npt.NDArray[np.uint8]) -> float:
-    begin = time.perf_counter()
-    task.call(buffer)
-    return time.perf_counter() - begin
-
-
-@dataclass(frozen=True)
 class Work:
     """What a token costs: bytes read and multiplications by format.
 
@@ -170,15 +58,133 @@ class Work:
     products: Mapping[str, int]
     head: int
     head_format: str
-    layers: int
+
+    @classmethod
+    def of(cls, table: Iterable[tuple[str, tuple[int, ...], str, int]]) -> Work:
+        """Of (tensor, shape with rows first, format, bytes) of every tensor: all matrices, but the embedding only where
+        it makes the logits, too."""
+        matrices = [row for row in table if len(row[1]) > 1]
+        tied = all(name != "output.weight" for name, _, _, _ in matrices)
+        read: Counter[str] = Counter()
+        products: Counter[str] = Counter()
+        head = (0, "F32")
+        for name, dims, fmt, size in matrices:
+            if name == "token_embd.weight" and not tied:
+                continue
+            read[fmt] += size
+            products[fmt] += math.prod(dims)
+            if name in {"token_embd.weight", "output.weight"}:
+                head = (math.prod(dims), fmt)
+        return cls(read, products, *head)
+
+    @classmethod
+    def of_model(cls, model: Model) -> Work:
+        """Of an open model."""
+        tensors = model.file.tensors.values()
+        return cls.of((t.name, tuple(reversed(t.dims)), t.type_name, t.size) for t in tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of weights that a token reads."""
+        return sum(self.bytes.values())
+
+    def prompt_products(self, n: int) -> int:
+        """Multiplications of a prompt of n tokens: only its last token gets logits."""
+        return n * (sum(self.products.values()) - self.head) + self.head
 
     def decode(self, speed: Speed, kv_type: KvType, kv_bytes: int) -> float:
         """Tokens a second, one at a time, with ``kv_bytes`` of keys and values in the context."""
         matrices = sum(n / speed.stream[name] for name, n in self.bytes.items())
-        return 1 / (matrices + kv_bytes / speed.cache[kv_type] + self.layers * _LAYER_SECONDS)
+        return 1 / (matrices + kv_bytes / speed.cache[kv_type])
 
     def prefill(self, speed: Speed) -> float:
         """Tokens a second of a prompt of :data:`PROMPT` tokens."""
-        products = dict(self.products)
+        products = Counter(self.products)
         products[self.head_format] -= self.head
         return 1 / sum(n / speed.products[name] for name, n in products.items())
+
+
+def measure(shape: Shape, formats: Iterable[str], kv_types: Iterable[KvType], threads: int) -> Speed:
+    """Times a few layers of the shape in each format, and its attention with each type of cache: some 0.3 s for each.
+
+    Errors: ``EngineError``; ``FileError`` where there is no room for some 100 MB of random weights.
+    """
+    stream: dict[str, float] = {}
+    products: dict[str, float] = {}
+    for name in sorted(set(formats)):
+        stream[name], products[name] = _weights(shape, name, threads)
+    # A difference of two times can come out as next to nothing where other programs disturb; memory has its limits.
+    most = 2 * max(stream.values(), default=math.inf)
+    cache = {kv: min(_cache(shape, kv, threads), most) for kv in kv_types}
+    return Speed(quant.tier_active(), threads, stream, products, cache)
+
+
+def _weights(shape: Shape, name: str, threads: int) -> tuple[float, float]:
+    """(Bytes a second of a token, multiplications a second of a prompt) of a few layers in one format."""
+    few = dataclasses.replace(shape, layers=1, vocab=_VOCAB, tied=True, rope_factors=False)
+    available = available_memory()
+    room = _WEIGHTS if available is None else min(_WEIGHTS, available // 4)
+    layer = _layer_bytes(few, name)
+    while layer > 2 * room and few.ff >= 512:  # huge layers, or hardly any memory: rows of them
+        few = dataclasses.replace(few, ff=few.ff // 512 * 256)
+        layer = _layer_bytes(few, name)
+    # A model that is smaller as a whole is timed as a whole: caches keep some of it, or all.
+    few = dataclasses.replace(few, layers=max(1, min(shape.layers, math.ceil(room / layer), _MOST_LAYERS)))
+    table = synthetic.uniform(few, name)
+    work = Work.of((tensor, dims, fmt.name, synthetic.tensor_bytes(dims, fmt)) for tensor, dims, fmt in table)
+    with synthetic.in_memory(few, table) as path, _open(path) as model, _session(model, threads, "f16") as session:
+        step = _step(session)
+        session.truncate(0)
+        ids = [1] * min(PROMPT, few.context)
+        return work.total_bytes / step, work.prompt_products(len(ids)) / _timed(session, ids)
+
+
+def _layer_bytes(shape: Shape, name: str) -> int:
+    return sum(synthetic.tensor_bytes(dims, fmt) for t, dims, fmt in synthetic.uniform(shape, name) if "blk" in t)
+
+
+def _cache(shape: Shape, kv_type: KvType, threads: int) -> float:
+    """Bytes of keys and values a second: what a token of a long text takes longer than the second of it.
+
+    Many layers that are all heads and hardly anything else, so that a long cache is filled at once.
+    """
+    per_token = 2 * shape.kv_heads * quant.find(kv_type).row_bytes(shape.head_dim)  # of a layer
+    depth = min(shape.context - 2, 512)
+    while depth * 2 < shape.context and per_token * depth * _MOST_LAYERS < _CACHE:
+        depth *= 2
+    layers = max(1, min(math.ceil(_CACHE / (per_token * depth)), _MOST_LAYERS))
+    few = dataclasses.replace(
+        shape, layers=layers, embd=256, ff=256, vocab=_VOCAB, tied=True, rope_factors=False, biases=""
+    )
+    if shape.arch == "qwen2":
+        few = dataclasses.replace(few, biases="qkv")
+    table = synthetic.uniform(few, "Q8_0")
+    with synthetic.in_memory(few, table) as path, _open(path) as model, _session(model, threads, kv_type) as session:
+        near = _step(session)
+        session.prefill([1] * (depth - len(session)))
+        far = _step(session)
+        return layers * per_token * depth / max(far - near, 1e-6)
+
+
+def _open(path: object) -> Model:
+    return Model.open(str(path), prefix_bytes=0, tokenizer_ahead=False)
+
+
+def _session(model: Model, threads: int, kv_type: KvType) -> Session:
+    return model.session(n_ctx=min(model.n_ctx_train, 4096), threads=threads, kv_type=kv_type)
+
+
+def _step(session: Session) -> float:
+    """Seconds of a token after those held: the median of some, after one that is not counted."""
+    held = len(session)
+    times = []
+    for _ in range(_STEPS + 1):
+        session.truncate(held)
+        times.append(_timed(session, [1]))
+    return statistics.median(times[1:])
+
+
+def _timed(session: Session, ids: Sequence[int]) -> float:
+    begin = time.perf_counter()
+    session.eval(ids)
+    return time.perf_counter() - begin

@@ -8,11 +8,13 @@
 #include "api/kv_type.h"
 #include "api/last_error.h"
 #include "api/pyengine.h"
+#include "base/cpu_count.h"
 #include "base/text.h"
 #include "gguf/limits.h"
 #include "gguf/reader.h"
 #include "model/model.h"
 #include "model/session.h"
+#include "runtime/limits.h"
 
 using namespace pe;
 
@@ -134,6 +136,54 @@ T& cleared(T* out) {
 }
 
 }  // namespace
+
+// ---- the machine ----
+
+void pe_cpus_init(pe_cpus* cpus) {
+  if (!cpus) return;
+  *cpus = {};
+  cpus->struct_size = sizeof *cpus;
+}
+
+pe_status pe_get_cpus(pe_cpus* out) {
+  return guarded([&] {
+    const uint32_t size = sized(out, "pe_cpus_init");
+    const Cpus c = find_cpus("");
+    const pe_cpus cpus{.struct_size = size,
+                       .n_threads = static_cast<uint32_t>(c.threads),
+                       .n_cores = static_cast<uint32_t>(c.cores),
+                       .n_performance = static_cast<uint32_t>(c.performance),
+                       .quota = c.quota};
+    std::memcpy(out, &cpus, std::min<size_t>(size, sizeof cpus));
+  });
+}
+
+void pe_limits_init(pe_limits* limits) {
+  if (!limits) return;
+  *limits = {};
+  limits->struct_size = sizeof *limits;
+}
+
+pe_status pe_measure_limits(uint32_t n_threads, uint64_t bytes, pe_limits* out) {
+  return guarded([&] {
+    const uint32_t size = sized(out, "pe_limits_init");
+    if (n_threads < 1 || n_threads > kMaxThreads) bad_argument("n_threads", "is outside 1..512");
+    if (bytes < uint64_t{1} << 20 || bytes > uint64_t{64} << 30) bad_argument("bytes", "is outside 1 MiB..64 GiB");
+    Tier tier;
+    active_kernels(&tier);
+    const Limits l = measure_limits(n_threads, static_cast<size_t>(bytes), tier);
+    const pe_limits limits{.struct_size = size,
+                           .n_threads = n_threads,
+                           .clock_hz = l.clock_hz,
+                           .read_bytes = l.read.median,
+                           .read_lowest = l.read.low,
+                           .read_highest = l.read.high,
+                           .int8_macs = l.macs.int8,
+                           .float_macs = l.macs.fp32,
+                           .barrier_seconds = l.barrier};
+    std::memcpy(out, &limits, std::min<size_t>(size, sizeof limits));
+  });
+}
 
 // ---- files ----
 

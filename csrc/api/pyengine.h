@@ -89,6 +89,39 @@ int pe_tier_available(size_t index);
  * PE_E_CPU when that variable names a tier that is unknown or absent. `out` receives a static string. */
 pe_status pe_tier_active(const char** out);
 
+/* ---------------------------------------------------------------- the machine */
+
+/* What this process may run on here and now: affinity mask and control groups included. */
+typedef struct pe_cpus {
+  uint32_t struct_size;
+  uint32_t n_threads;     /* hardware threads */
+  uint32_t n_cores;       /* physical cores */
+  uint32_t n_performance; /* of those, cores of the fastest kind; all, where they are alike */
+  double quota;           /* CPUs' worth of time that control groups grant; 0: no limit */
+} pe_cpus;
+
+void pe_cpus_init(pe_cpus* cpus);
+pe_status pe_get_cpus(pe_cpus* out);
+
+/* What n_threads threads of this machine can do at most, measured now: what every speed is to be compared with. */
+typedef struct pe_limits {
+  uint32_t struct_size;
+  uint32_t n_threads;
+  double clock_hz;    /* of a core: dependent additions a second */
+  double read_bytes;  /* a second, all threads together, from memory: median of five rounds */
+  double read_lowest; /* and their range */
+  double read_highest;
+  double
+      int8_macs; /* multiplications a cycle and core by the best instructions that the tier in use has; 0: not known */
+  double float_macs;
+  double barrier_seconds; /* of one meeting of the threads */
+} pe_limits;
+
+void pe_limits_init(pe_limits* limits);
+/* In one or two seconds, reading `bytes` of memory (1 MiB .. 64 GiB; far more than any cache holds) that are given back at
+ * the end. PE_E_ARGUMENT (n_threads 1..512), PE_E_MEMORY, PE_E_CPU. */
+pe_status pe_measure_limits(uint32_t n_threads, uint64_t bytes, pe_limits* out);
+
 /* ---------------------------------------------------------------- tensor formats */
 
 typedef struct pe_format {
@@ -267,8 +300,10 @@ typedef struct pe_session pe_session;
 
 typedef struct pe_session_options {
   uint32_t struct_size;
-  uint32_t n_ctx;             /* positions of the KV cache; 0 (default): min(the model's context, 4096) */
-  uint32_t n_threads;         /* threads when one token is evaluated; 0 (default): one per usable physical core */
+  uint32_t n_ctx;     /* positions of the KV cache; 0 (default): min(the model's context, 4096) */
+  uint32_t n_threads; /* threads when one token is evaluated, at most 512; 0 (default): one per usable physical core
+                                 of the fastest kind. Fewer take part where that is quicker: where a model is tiny, or other
+                                 programs hold the cores. No effect on any logit */
   uint32_t n_threads_prefill; /* threads when several are; 0 (default): as n_threads */
   int32_t kv_type;            /* tensor type of the cache: 1 = F16 (default), 0 = F32, 8 = Q8_0: about half of F16's
                                  memory, slightly different logits; head dimensions must be multiples of 32 */

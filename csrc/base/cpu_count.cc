@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <set>
 #include <sstream>
 #include <thread>
-#include <vector>
 
 #ifdef __linux__
 #include <sched.h>
@@ -34,27 +35,62 @@ std::vector<int> allowed_cpus() {
   return {};
 }
 
-int allowed_cores(const std::vector<int>& cpus) {
-  std::set<std::string> cores;  // named by the list of hardware threads that share one
-  for (const int cpu : cpus) {
-    const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-    std::string siblings;
-    for (const char* name : {"core_cpus_list", "thread_siblings_list"}) {
-      std::ifstream file(topology + name);
-      if (std::getline(file, siblings) && !siblings.empty()) break;
-    }
-    cores.insert(siblings.empty() ? "cpu" + std::to_string(cpu) : siblings);
-  }
-  return static_cast<int>(cores.size());
-}
-
 #endif
 
-int within_quota(int n) {
-  const double quota = cgroup_cpu_quota("");
-  if (quota > 0 && quota < n) n = static_cast<int>(std::ceil(quota));
-  return std::max(n, 1);
+std::string first_line(const std::string& path) {
+  std::string line;
+  std::ifstream file(path);
+  std::getline(file, line);
+  return line;
 }
+
+// Adds the numbers of a list such as "0-3,8,10-11"; what is no such list adds nothing.
+void add_listed(const std::string& list, std::set<int>* out) {
+  constexpr int kMost = 1 << 20;
+  std::istringstream parts(list);
+  for (std::string part; std::getline(parts, part, ',');) {
+    int first = 0, last = 0;
+    const int read = std::sscanf(part.c_str(), "%d-%d", &first, &last);
+    if (read < 1) continue;
+    if (read == 1) last = first;
+    for (int i = std::max(first, 0); i <= std::min(last, kMost); ++i) out->insert(i);
+  }
+}
+
+// A number that says how fast a CPU is beside the others: what the system knows best about kinds of cores comes first. 0 where
+// it says nothing.
+class Speeds {
+ public:
+  explicit Speeds(const std::string& root) : root_(root) {
+    add_listed(first_line(root + "/sys/devices/cpu_core/cpus"), &fast_);  // x86 with two kinds of cores
+  }
+
+  // In one of three units, the same for all; one per CPU.
+  std::vector<double> of(const std::vector<int>& cpus) const {
+    std::vector<double> speed;
+    if (!fast_.empty()) {
+      for (const int cpu : cpus) speed.push_back(fast_.count(cpu) ? 2 : 1);
+      return speed;
+    }
+    for (const char* name : {"/cpu_capacity", "/cpufreq/cpuinfo_max_freq"}) {
+      speed.clear();
+      for (const int cpu : cpus) speed.push_back(std::strtod(first_line(folder(root_, cpu) + name).c_str(), nullptr));
+      if (std::all_of(speed.begin(), speed.end(), [](double v) { return v > 0; })) return speed;
+    }
+    return std::vector<double>(cpus.size(), 0.0);
+  }
+
+  static std::string folder(const std::string& root, int cpu) {
+    return root + "/sys/devices/system/cpu/cpu" + std::to_string(cpu);
+  }
+
+ private:
+  std::string root_;
+  std::set<int> fast_;
+};
+
+// Cores of one kind differ by less (a few may clock higher than the rest), kinds by more.
+constexpr double kSameKind = 0.75;
 
 // CPUs granted by one group's folder, 0 when it sets no limit.
 double quota_v2(const std::string& folder) {
@@ -100,20 +136,46 @@ double cgroup_cpu_quota(const std::string& root) {
   return tightest;
 }
 
-int usable_cpus() {
+int Cpus::granted(int n) const {
+  if (quota > 0 && quota < n) n = static_cast<int>(std::ceil(quota));
+  return std::max(n, 1);
+}
+
+Cpus find_cpus(const std::string& root, std::vector<int> cpus) {
+  Cpus out;
+  out.quota = cgroup_cpu_quota(root);
 #ifdef __linux__
-  const std::vector<int> cpus = allowed_cpus();
-  if (!cpus.empty()) return within_quota(static_cast<int>(cpus.size()));
+  if (cpus.empty()) cpus = allowed_cpus();
 #endif
-  return within_quota(hardware_threads());
+  if (cpus.empty()) {
+    out.threads = out.cores = out.performance = hardware_threads();
+    return out;
+  }
+  const std::vector<double> speeds = Speeds(root).of(cpus);
+  const double fastest = *std::max_element(speeds.begin(), speeds.end());
+  std::set<std::string> cores, performance;  // named by the list of hardware threads that share one
+  for (size_t i = 0; i < cpus.size(); ++i) {
+    const std::string topology = Speeds::folder(root, cpus[i]) + "/topology/";
+    std::string siblings = first_line(topology + "core_cpus_list");
+    if (siblings.empty()) siblings = first_line(topology + "thread_siblings_list");
+    if (siblings.empty()) siblings = std::to_string(cpus[i]);
+    cores.insert(siblings);
+    if (speeds[i] >= kSameKind * fastest) performance.insert(siblings);
+  }
+  out.threads = static_cast<int>(cpus.size());
+  out.cores = static_cast<int>(cores.size());
+  out.performance = static_cast<int>(performance.size());
+  return out;
+}
+
+int usable_cpus() {
+  const Cpus cpus = find_cpus("");
+  return cpus.granted(cpus.threads);
 }
 
 int usable_cores() {
-#ifdef __linux__
-  const std::vector<int> cpus = allowed_cpus();
-  if (!cpus.empty()) return within_quota(allowed_cores(cpus));
-#endif
-  return within_quota(hardware_threads());
+  const Cpus cpus = find_cpus("");
+  return cpus.granted(cpus.performance);
 }
 
 }  // namespace pe

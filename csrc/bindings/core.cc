@@ -558,6 +558,39 @@ py::list tiers() {
   return out;
 }
 
+py::dict cpus() {
+  pe_cpus c;
+  pe_cpus_init(&c);
+  check(pe_get_cpus(&c));
+  py::dict d;
+  d["threads"] = c.n_threads;
+  d["cores"] = c.n_cores;
+  d["performance"] = c.n_performance;
+  d["quota"] = c.quota;
+  return d;
+}
+
+py::dict measure_limits(uint32_t threads, uint64_t bytes) {
+  pe_limits l;
+  pe_limits_init(&l);
+  pe_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = pe_measure_limits(threads, bytes, &l);
+  }
+  check(status);
+  py::dict d;
+  d["threads"] = l.n_threads;
+  d["clock_hz"] = l.clock_hz;
+  d["read_bytes"] = l.read_bytes;
+  d["read_lowest"] = l.read_lowest;
+  d["read_highest"] = l.read_highest;
+  d["int8_macs"] = l.int8_macs;
+  d["float_macs"] = l.float_macs;
+  d["barrier_seconds"] = l.barrier_seconds;
+  return d;
+}
+
 std::string tier_active() {
   const char* name = nullptr;
   check(pe_tier_active(&name));
@@ -581,6 +614,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("attend", &attend, py::arg("tier"), py::arg("kv_type"), py::arg("keys").noconvert(),
         py::arg("values").noconvert(), py::arg("n_keys"), py::arg("q"));
   m.def("default_threads", &pe_default_threads);
+  m.def("cpus", &cpus);
+  m.def("measure_limits", &measure_limits, py::arg("threads"), py::arg("bytes"));
   m.def("top_k", &top_k, py::arg("logits").noconvert(), py::arg("k"));
   m.def("exp", &exp_nonpositive, py::arg("x").noconvert());
   m.def("softmax_sum", &softmax_sum, py::arg("logits").noconvert(), py::arg("peak"), py::arg("ids").noconvert(),

@@ -15,6 +15,9 @@ namespace pe {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+int64_t ns(Clock::duration d) { return std::chrono::duration_cast<std::chrono::nanoseconds>(d).count(); }
+
 size_t in_range(const char* name, size_t value, size_t low, size_t high) {
   if (value < low || value > high)
     throw Error(Status::kArgument, "bad_option",
@@ -82,6 +85,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionOptions& optio
       scratch_(layout_.bytes),
       sequence_(kv_shape(model_->config(), options_)),
       pool_(static_cast<int>(pool_size(options_))),
+      team_size_(static_cast<int>(options_.n_threads)),
       prefixes_(std::move(prefixes)) {
   if (prefixes_) prefixes_->add(sequence_);
 }
@@ -146,8 +150,13 @@ void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, floa
               .logits = logits,
               .inputs = inputs_.get(),
               .cancel = cancel_};
-  pool_.run(static_cast<int>(n == 1 ? options_.n_threads : options_.n_threads_prefill),
-            [&](Team& team) { forward(team, batch); });
+  const auto start = Clock::now();
+  const int size = n == 1 ? team_size_.next() : static_cast<int>(options_.n_threads_prefill);
+  const int64_t waited = pool_.run(size, [&](Team& team) { forward(team, batch); });
+  if (n == 1 && !batch.spoilt.load()) {
+    const auto end = Clock::now();
+    team_size_.record(ns(end.time_since_epoch()), ns(end - start), waited);
+  }
   if (batch.spoilt.load()) {
     if (inputs_) inputs_->clear();
     cancel_.store(false);

@@ -9,12 +9,13 @@
 #include "model/forward.h"
 #include "model/model.h"
 #include "runtime/prefix_cache.h"
+#include "runtime/team_size.h"
 
 namespace pe {
 
 struct SessionOptions {
   size_t n_ctx = 0;              // 0: min(the model's context, kDefaultContext)
-  size_t n_threads = 0;          // one token; 0: usable physical cores
+  size_t n_threads = 0;          // one token, at most; 0: usable physical cores of the fastest kind
   size_t n_threads_prefill = 0;  // several tokens; 0: as n_threads
   size_t n_chunk = 0;            // tokens per prefill step, at most kMaxChunk; 0: kDefaultChunk
   Kv kv = Kv::F16;
@@ -77,6 +78,7 @@ class Session {
   AlignedBuffer scratch_;
   Sequence sequence_;
   ThreadPool pool_;
+  TeamSize team_size_;  // when one token is evaluated
   std::shared_ptr<PrefixCache> prefixes_;
   std::unique_ptr<InputSums> inputs_;
   std::atomic<bool> cancel_{false};

@@ -37,20 +37,26 @@ int64_t now_ns() {
 
 namespace detail {
 
-uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int64_t spin_ns) {
+uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int64_t spin_ns, int64_t* waited_ns) {
+  const int64_t start = now_ns();
   if (spin_ns > 0) {
-    const int64_t end = now_ns() + spin_ns;
-    do {
+    for (int64_t now = start; now < start + spin_ns; now = now_ns()) {
       for (int i = 0; i < 32; ++i) {
         const uint32_t seen = value.load(std::memory_order_acquire);
-        if (seen != old) return seen;
+        if (seen != old) {
+          *waited_ns += now - start;
+          return seen;
+        }
         relax();
       }
-    } while (now_ns() < end);
+    }
   }
   for (;;) {
     const uint32_t seen = value.load(std::memory_order_acquire);
-    if (seen != old) return seen;
+    if (seen != old) {
+      *waited_ns += now_ns() - start;
+      return seen;
+    }
     value.wait(old, std::memory_order_acquire);
   }
 }
@@ -69,7 +75,7 @@ void Team::meet() {
     state_.phase.store(phase + 1, std::memory_order_seq_cst);
     state_.phase.notify_all();
   } else {
-    detail::wait_for_change(state_.phase, phase, state_.spin_ns);
+    detail::wait_for_change(state_.phase, phase, state_.spin_ns, &waited_ns_);
   }
 }
 
@@ -95,11 +101,13 @@ struct ThreadPool::Workers {
 
   void work(uint32_t index) noexcept {
     const FpEnv environment;
+    int64_t idle_ns = 0;
     for (uint32_t seen = 0;;) {
-      seen = detail::wait_for_change(calls[index - 1].count, seen, state.spin_ns);
+      seen = detail::wait_for_change(calls[index - 1].count, seen, state.spin_ns, &idle_ns);
       if (stop.load(std::memory_order_acquire)) return;
       Team team(state, index, state.team_size);
       state.entry(state.context, team);
+      state.waited_ns.fetch_add(team.waited_ns(), std::memory_order_relaxed);
       team.barrier();
     }
   }
@@ -140,13 +148,13 @@ ThreadPool::~ThreadPool() {
 
 bool ThreadPool::abandoned() const { return process_id() != process_; }
 
-void ThreadPool::run_entry(int n_active, detail::PoolState::Entry entry, void* context) {
+int64_t ThreadPool::run_entry(int n_active, detail::PoolState::Entry entry, void* context) {
   const FpEnv environment;
   if (abandoned()) {  // after a fork: alone, and not on state another thread may have left half-way
     detail::PoolState alone;
     Team team(alone, 0, 1);
     entry(context, team);
-    return;
+    return 0;
   }
   Workers& workers = *workers_;
   if (workers.busy.exchange(true, std::memory_order_acquire)) {
@@ -158,11 +166,14 @@ void ThreadPool::run_entry(int n_active, detail::PoolState::Entry entry, void* c
   state.context = context;
   state.team_size = static_cast<uint32_t>(n);
   state.next.store(0, std::memory_order_relaxed);
+  state.waited_ns.store(0, std::memory_order_relaxed);
   for (int i = 0; i + 1 < n; ++i) workers.call(static_cast<size_t>(i));
   Team team(state, 0, state.team_size);
   entry(context, team);
   team.barrier();
+  const int64_t waited_ns = state.waited_ns.load(std::memory_order_relaxed) + team.waited_ns();
   workers.busy.store(false, std::memory_order_release);
+  return waited_ns;
 }
 
 }  // namespace pe

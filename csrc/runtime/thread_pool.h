@@ -31,11 +31,13 @@ struct PoolState {
   alignas(kCacheLine) Entry entry = nullptr;             // the run; written before its threads are called
   void* context = nullptr;
   uint32_t team_size = 0;
-  int64_t spin_ns = 0;  // how long a waiting thread spins before it sleeps
+  int64_t spin_ns = 0;                                    // how long a waiting thread spins before it sleeps
+  alignas(kCacheLine) std::atomic<int64_t> waited_ns{0};  // at barriers in this run, all threads together
 };
 
-// Waits until value differs from old, and returns it. Everything written before the change is then visible.
-uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int64_t spin_ns);
+// Waits until value differs from old, and returns it. Everything written before the change is then visible. *waited_ns
+// grows by the time that took, if that was more than a moment.
+uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int64_t spin_ns, int64_t* waited_ns);
 
 }  // namespace detail
 
@@ -46,6 +48,7 @@ class Team {
 
   size_t index() const { return index_; }  // 0 .. size() - 1; 0 is the thread that called run
   size_t size() const { return size_; }
+  int64_t waited_ns() const { return waited_ns_; }  // at barriers so far
 
   // Returns once every thread of the team has called it; what they wrote before is then visible.
   void barrier() {
@@ -75,6 +78,7 @@ class Team {
   detail::PoolState& state_;
   const uint32_t index_;
   const uint32_t size_;
+  int64_t waited_ns_ = 0;
 };
 
 class ThreadPool {
@@ -97,17 +101,18 @@ class ThreadPool {
   // floating-point environment; returns when all have finished. In the child of a fork the team is the caller alone.
   // One run at a time: a second thread, or fn itself, calling run while one is going on gets Error kInternal
   // "pool_busy".
+  // Returns how many nanoseconds the threads together spent waiting at barriers.
   template <class F>
-  void run(int n_active, F&& fn) {
+  int64_t run(int n_active, F&& fn) {
     using Fn = std::remove_reference_t<F>;
     const auto entry = [](void* context, Team& team) noexcept { (*static_cast<Fn*>(context))(team); };
-    run_entry(n_active, entry, const_cast<void*>(static_cast<const void*>(std::addressof(fn))));
+    return run_entry(n_active, entry, const_cast<void*>(static_cast<const void*>(std::addressof(fn))));
   }
 
  private:
   struct Workers;
 
-  void run_entry(int n_active, detail::PoolState::Entry entry, void* context);
+  int64_t run_entry(int n_active, detail::PoolState::Entry entry, void* context);
 
   int size_;
   int64_t process_;  // where the threads live

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-q", "--quantisations", metavar="LIST", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--kv-type", metavar="LIST", help="of f16, q8_0, f32 (default f16,q8_0)")
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="default: one per usable core")
-    parser.add_argument("--no-speed", action="store_true", help="do not measure this machine (some two seconds)")
+    parser.add_argument("--no-speed", action="store_true", help="do not measure this machine (some five seconds)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="FILE", help="also draw the table: .svg, or .png (needs matplotlib)")
     parser.add_argument("--force", action="store_true", help="--plot may replace a file")

@@ -22,6 +22,7 @@
 
 #include "base/cpu_count.h"
 #include "base/error.h"
+#include "runtime/team_size.h"
 #include "runtime/thread_pool.h"
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -290,6 +291,62 @@ void check_refusal() {
         "a refused thread is an Error, and those already started are joined");
 }
 
+// A machine that is only arithmetic: what a step by n threads takes (ns), and what share of their time they wait.
+struct Machine {
+  double (*ns)(int n);
+  double (*lost)(int n);
+};
+
+// Seconds of `steps` steps from *clock (ns) on; the team's size afterwards.
+double simulate(TeamSize& team, const Machine& machine, int steps, int64_t* clock) {
+  const int64_t start = *clock;
+  for (int i = 0; i < steps; ++i) {
+    const int n = team.next();
+    const double ns = machine.ns(n);
+    *clock += static_cast<int64_t>(ns);
+    team.record(*clock, static_cast<int64_t>(ns), static_cast<int64_t>(ns * n * machine.lost(n)));
+  }
+  return static_cast<double>(*clock - start) * 1e-9;
+}
+
+void check_team_size() {
+  const Machine quiet{[](int n) { return 80e6 / n; }, [](int) { return 0.05; }};
+  // A model of a few megabytes: 60 us of work, 20 us of meeting for every further thread.
+  const Machine tiny{[](int n) { return 60e3 / n + 20e3 * (n - 1); }, [](int n) { return n > 1 ? 0.6 : 0.0; }};
+  // Another program on one of eight CPUs: the eighth thread is waited for.
+  const Machine shared{[](int n) { return n == 8 ? 40e6 : 80e6 / n; }, [](int n) { return n == 8 ? 0.6 : 0.05; }};
+  // Threads wait for the memory, and more of them gain nothing, but do no harm either.
+  const Machine bound{[](int n) { return 80e6 / std::min(n, 4); }, [](int n) { return n > 4 ? 0.4 : 0.1; }};
+  for (const int most : {1, 2, 3, 8, 64}) {
+    TeamSize team(most);
+    int64_t clock = 0;
+    for (int i = 0; i < 2000; ++i) {
+      check(team.next() == most, "a quiet machine gives all threads to every step");
+      simulate(team, quiet, 1, &clock);
+    }
+  }
+  for (const int most : {1, 2, 4, 8}) {
+    TeamSize team(most);
+    int64_t clock = 0;
+    simulate(team, tiny, 100'000, &clock);
+    const double took = simulate(team, tiny, 100'000, &clock);
+    check(took < 1.03 * 100'000 * 60e-6, "a tiny model gets one of " + std::to_string(most) + " threads");
+  }
+  TeamSize team(8);
+  int64_t clock = 0;
+  simulate(team, quiet, 1000, &clock);
+  const double first = simulate(team, shared, 1000, &clock);
+  check(first < 1.1 * 1000 * 80e-3 / 7 + 1, "a thread that others hold up is left out after a moment");
+  const double later = simulate(team, shared, 10'000, &clock);
+  // Trials of the eighth thread, now and then, are the price of noticing that the other program has gone.
+  check(later < 1.1 * 10'000 * 80e-3 / 7, "and trials cost little");
+  simulate(team, quiet, 1000, &clock);
+  check(team.next() == 8, "when the machine is quiet again all threads come back");
+  TeamSize memory(8);
+  const double took = simulate(memory, bound, 10'000, &clock);
+  check(took < 1.02 * 10'000 * 80e-3 / 4, "trials that gain nothing cost little");
+}
+
 void write_file(const std::filesystem::path& path, const std::string& text) {
   std::filesystem::create_directories(path.parent_path());
   std::ofstream(path) << text;
@@ -335,6 +392,71 @@ void check_processors() {
   std::filesystem::remove_all(root);
 }
 
+// Machines as sysfs describes them, in a folder.
+struct Sysfs {
+  std::string root = (std::filesystem::temp_directory_path() / "pool_check_XXXXXX").string();
+
+  Sysfs() {
+    if (mkdtemp(root.data()) == nullptr) std::abort();
+  }
+  ~Sysfs() { std::filesystem::remove_all(root); }
+  Sysfs(const Sysfs&) = delete;
+  Sysfs& operator=(const Sysfs&) = delete;
+
+  void cpu(int i, const std::string& siblings, const std::string& file = "", const std::string& text = "") const {
+    const std::string folder = root + "/sys/devices/system/cpu/cpu" + std::to_string(i) + "/";
+    write_file(folder + "topology/core_cpus_list", siblings + "\n");
+    if (!file.empty()) write_file(folder + file, text + "\n");
+  }
+  std::string counted(const std::vector<int>& allowed) const {
+    const Cpus c = find_cpus(root, allowed);
+    return std::to_string(c.threads) + " " + std::to_string(c.cores) + " " + std::to_string(c.performance);
+  }
+};
+
+void check_kinds_of_cores() {
+  const std::vector<int> first4 = {0, 1, 2, 3}, first8 = {0, 1, 2, 3, 4, 5, 6, 7};
+  {
+    const Sysfs plain;  // four cores of two threads
+    for (int i = 0; i < 8; ++i) plain.cpu(i, std::to_string(i % 4) + "," + std::to_string(i % 4 + 4));
+    check(plain.counted(first8) == "8 4 4" && plain.counted({1, 5, 6}) == "3 2 2", "siblings are one core");
+    write_file(plain.root + "/proc/self/cgroup", "0::/\n");
+    write_file(plain.root + "/sys/fs/cgroup/cpu.max", "250000 100000\n");
+    const Cpus c = find_cpus(plain.root, first8);
+    check(c.quota == 2.5 && c.granted(c.performance) == 3 && c.granted(c.threads) == 3 && c.granted(1) == 1,
+          "a quota bounds the threads, rounded up");
+  }
+  {
+    const Sysfs hybrid;  // two fast cores of two threads, four slow ones of one; nearly the same clock
+    for (int i = 0; i < 4; ++i) hybrid.cpu(i, i < 2 ? "0-1" : "2-3", "cpufreq/cpuinfo_max_freq", "5000000");
+    for (int i = 4; i < 8; ++i) hybrid.cpu(i, std::to_string(i), "cpufreq/cpuinfo_max_freq", "4200000");
+    check(hybrid.counted(first8) == "8 6 6", "clocks that differ a little are one kind");
+    write_file(hybrid.root + "/sys/devices/cpu_core/cpus", "0-3\n");
+    write_file(hybrid.root + "/sys/devices/cpu_atom/cpus", "4-7\n");
+    check(hybrid.counted(first8) == "8 6 2", "the list of performance cores is believed first");
+    check(hybrid.counted({3, 4, 5}) == "3 3 1", "within the affinity mask");
+    check(hybrid.counted({4, 5, 6}) == "3 3 3", "a mask of slow cores: all are alike");
+    write_file(hybrid.root + "/sys/devices/cpu_core/cpus", "nonsense,-3,7-\n");
+    check(hybrid.counted(first8) == "8 6 1" || hybrid.counted(first8) == "8 6 6", "a malformed list ends nothing");
+  }
+  {
+    const Sysfs big_little;  // one prime core, three big, four little
+    for (int i = 0; i < 8; ++i)
+      big_little.cpu(i, std::to_string(i), "cpu_capacity", i == 7 ? "1024" : i > 3 ? "890" : "280");
+    check(big_little.counted(first8) == "8 8 4", "big cores by their capacity");
+    big_little.cpu(2, "2", "cpu_capacity", "");
+    check(big_little.counted(first8) == "8 8 8", "a CPU without a capacity: nothing is known of any");
+  }
+  {
+    const Sysfs dense;  // two full cores and two dense ones of the same kind that clock lower
+    for (int i = 0; i < 4; ++i)
+      dense.cpu(i, std::to_string(i), "cpufreq/cpuinfo_max_freq", i < 2 ? "5100000" : "3300000");
+    check(dense.counted(first4) == "4 4 2", "by the highest clock where nothing else is said");
+  }
+  const Sysfs nothing;
+  check(nothing.counted(first4) == "4 4 4", "an empty sysfs: every CPU is a core");
+}
+
 }  // namespace
 
 int main() {
@@ -353,6 +475,8 @@ int main() {
   check_fork();
   check_refusal();
   check_processors();
+  check_kinds_of_cores();
+  check_team_size();
   std::printf("barrier: %.2f us with 2 threads, %.2f with 4, %.2f with 8 on %d CPUs (%d cores)\n", each[2] * 1e6,
               each[4] * 1e6, each[8] * 1e6, usable_cpus(), usable_cores());
   std::printf("pool_check: %ld checks, %ld failures\n", checks, failures);

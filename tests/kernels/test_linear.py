@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pytest
 from gguf.quants import dequantize
 
-from benchmarks.make_model import CODED_KINDS, coded_blocks, with_scales
 from pyengine import quant
+from pyengine.synthetic import CODED, coded_blocks, with_scales
 from tests.support import comparisons, run_check
 
 Floats = npt.NDArray[np.float32]
@@ -173,7 +173,7 @@ def test_q4_k_follows_the_contract_to_the_last_bit(tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("name", [kind.upper() for kind in CODED_KINDS])
+@pytest.mark.parametrize("name", CODED)
 def test_codebook_formats_follow_the_contract_to_the_last_bit(tier: str, name: str) -> None:
     """Blocks with a scale of 1 are whole multiples of the unit that the contract takes into the scale."""
     rows, tokens, unit = (

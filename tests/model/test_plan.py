@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import gguf
 import numpy as np
 import pytest
 
 import pyengine
-from pyengine import FileError, FormatError, InvalidArgument, Model, UnsupportedError, planner, quant
+from benchmarks.make_model import make_model
+from pyengine import FileError, FormatError, InvalidArgument, Model, UnsupportedError, planner, quant, synthetic
 from pyengine.memory import available_memory
 from pyengine.model import shape_bytes
 from pyengine.recipe import Facts, find_recipe
 from pyengine.shape import CARDS, Shape, from_config
-from tests.support import DATA, ROOT, needs_data
+from tests.support import DATA, needs_data
 
 GIB = 2**30
 K = 1024
@@ -32,19 +32,6 @@ PUBLISHED = {
     "r1-distill-qwen-14b": "DeepSeek-R1-Distill-Qwen-14B",
     "r1-distill-qwen-32b": "DeepSeek-R1-Distill-Qwen-32B",
 }
-
-
-@pytest.fixture(scope="module")
-def make_model() -> Iterator[ModuleType]:
-    """The benchmarks' writer of random models: an independent list of tensors, sized with the gguf package's blocks."""
-    spec = importlib.util.spec_from_file_location("make_model_for_plan", ROOT / "benchmarks" / "make_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 # --- KV cache: by hand ----------------------------------------------------------------------------------------------
@@ -85,19 +72,23 @@ def test_the_card_needs_39_4_gib_of_cache_at_63k_and_its_advice_says_that_no_16_
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q4_0"])
-def test_weights_of_a_recipe_are_the_bytes_of_a_file_of_it(make_model: ModuleType, kind: str) -> None:
-    cards = {
-        "r1-8b-card": "card",
-        "r1-distill-llama-8b": "r1-llama-8b",
-        "r1-0528-qwen3-8b": "r1-qwen3-8b",
-        "r1-distill-qwen-1.5b": "r1-qwen-1.5b",
-    }
-    for card, shape in cards.items():
-        tensors = make_model.plan(make_model.SHAPES[shape], kind)
-        plan = pyengine.plan(card, quantisations=[kind], contexts=[K], ram=RAM)
-        assert plan.rows[0].weights == sum(t.size for t in tensors)
-        count = sum(int(np.prod(t.shape)) for t in tensors)
-        assert plan.rows[0].bits == pytest.approx(8 * plan.rows[0].weights / count)
+def test_weights_of_a_recipe_are_the_bytes_of_a_file_of_it(tmp_path: Path, kind: str) -> None:
+    """A file with two of the layers, as the gguf package reads it."""
+    for card in ("r1-8b-card", "r1-distill-llama-8b", "r1-0528-qwen3-8b", "r1-distill-qwen-1.5b"):
+        shape = dataclasses.replace(CARDS[card], layers=2, embd=512, ff=768, vocab=1000)
+        table = synthetic.table(shape, kind)
+        with open(tmp_path / "model.gguf", "wb") as file:
+            assert synthetic.write(file, shape, table) == synthetic.size(shape, table)
+        tensors = gguf.GGUFReader(tmp_path / "model.gguf").tensors
+        expected = sum(rows * cols // block * size for rows, cols, block, size in map(_blocks, tensors))
+        plan = pyengine.plan(tmp_path / "model.gguf", quantisations=[kind], contexts=[K], ram=RAM)
+        assert plan.rows[0].weights == plan.rows[1].weights == sum(t.n_bytes for t in tensors) == expected
+        assert plan.rows[1].bits == pytest.approx(8 * expected / sum(t.n_elements for t in tensors))
+
+
+def _blocks(tensor: gguf.ReaderTensor) -> tuple[int, int, int, int]:
+    block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    return tensor.n_elements // int(tensor.shape[0]), int(tensor.shape[0]), block, size
 
 
 def test_published_sizes_of_llama_8b_are_met() -> None:
@@ -290,13 +281,11 @@ print(json.dumps([1024 * int(re.search(r"RssAnon:\\s*(\\d+)", status)[1]), 1024 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a process uses")
 @pytest.mark.parametrize(("n_ctx", "kv"), [(512, "f16"), (1536, "f16"), (1536, "q8_0")])
-def test_a_process_takes_the_memory_that_was_planned(
-    n_ctx: int, kv: str, tmp_path: Path, make_model: ModuleType
-) -> None:
+def test_a_process_takes_the_memory_that_was_planned(n_ctx: int, kv: str, tmp_path: Path) -> None:
     """A small file of heads like the large ones': its cache dominates, as a long context's does."""
     path = tmp_path / "model.gguf"
-    small = make_model.Shape("llama", 16, 256, 512, 16, 16, 128, 2000, 4096, 10000.0, 1e-5)
-    make_model.make_model(path, small, "q8_0")
+    small = Shape("small", "llama", 16, 256, 512, 16, 16, 128, 2000, 4096)
+    make_model(path, small, "Q8_0")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path), str(n_ctx), kv],
         capture_output=True,
@@ -417,7 +406,7 @@ def test_a_forecast_adds_up_what_was_measured() -> None:
     from pyengine.forecast import Speed, Work
 
     speed = Speed("scalar", 1, {"Q4_0": 10e9, "Q6_K": 5e9}, {"Q4_0": 100e9, "Q6_K": 50e9}, {"f16": 2e9})
-    work = Work({"Q4_0": 10**9, "Q6_K": 10**9}, {"Q4_0": 10**9, "Q6_K": 2 * 10**9}, 10**9, "Q6_K", layers=0)
+    work = Work({"Q4_0": 10**9, "Q6_K": 10**9}, {"Q4_0": 10**9, "Q6_K": 2 * 10**9}, 10**9, "Q6_K")
     assert work.decode(speed, "f16", 0) == pytest.approx(1 / (0.1 + 0.2))
     assert work.decode(speed, "f16", 10**9) == pytest.approx(1 / (0.1 + 0.2 + 0.5))
     assert work.prefill(speed) == pytest.approx(1 / (0.01 + 0.02))  # the head's 10^9 are not done for every token

@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
 import pyengine
-from benchmarks.make_model import CODED_KINDS, coded_blocks
 from pyengine import quant
+from pyengine.synthetic import CODED, coded_blocks
 from tests.reference.configs import ModelConfig
 from tests.reference.decoder import decode, nmse
 from tests.reference.gguf_writer import Packed, gguf_name, write_gguf
@@ -30,7 +30,7 @@ def pack(types: dict[str, str]) -> tuple[Weights, Packed]:
         if values.ndim == 1:
             continue
         kind = types[gguf_name(name)]
-        if kind.lower() in CODED_KINDS:
+        if kind in CODED:
             count = values.size // quant.FORMATS[kind].block_size
             blocks = coded_blocks(np.random.default_rng(i), count, float(values.std()), kind)
         else:

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 from gguf.quants import dequantize, quantize
 
-from benchmarks.make_model import coded_blocks
 from pyengine import quant
 from pyengine.errors import InvalidArgument, UnsupportedError
+from pyengine.synthetic import coded_blocks
 from tests.support import ROOT
 
 Floats = npt.NDArray[np.float32]
