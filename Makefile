@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 CHECKS := $(wildcard tests/*/*_check.cc) benchmarks/limits.cc
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench wheel wheel-check clean
+.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
 	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
@@ -72,6 +72,12 @@ limits: $(VENV)/.test  ## what this machine can do at most: memory, arithmetic, 
 
 bench: $(VENV)/.test  ## the benchmarks, one command each; BENCH=NAME runs one, e.g. make bench BENCH="e2e --synthetic r1-distill-qwen-1.5b:q4_0"
 	$(BIN)/python benchmarks/$(or $(firstword $(BENCH)),list).py $(wordlist 2,99,$(BENCH))
+
+plan-memory: $(VENV)/.test  ## plans against what processes then use: make plan-memory MODELS="a.gguf b.gguf"
+	$(BIN)/python -m benchmarks.plan_memory $(or $(MODELS),pyengine/data/demo-q8_0.gguf --contexts 512 --fill)
+
+forecast: $(VENV)/.test  ## forecasts of speed against what then comes: make forecast MODELS="a.gguf b.gguf"
+	$(BIN)/python -m benchmarks.forecast $(or $(MODELS),$(error MODELS is empty: which files?))
 
 wheel: $(VENV)/.run
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

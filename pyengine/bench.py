@@ -14,7 +14,7 @@ from pyengine.errors import InvalidArgument
 from pyengine.forecast import Work
 from pyengine.machine import Limits, cpus, measure_limits
 from pyengine.memory import available_memory
-from pyengine.model import KvType, Model, Session, default_threads
+from pyengine.model import MAX_THREADS, KvType, Model, Session, default_threads
 
 OnRound = Callable[[int, int, str], object]  # (round from 1, of how many, which variant)
 
@@ -149,8 +149,8 @@ class Plan:
                 if not low <= n <= most:
                     raise InvalidArgument(f"a {name} of {n} tokens; expected {low}..{most}", code="bad_option")
         for n in self.threads:
-            if not 0 <= n <= 512:
-                raise InvalidArgument(f"threads is {n}; expected 0..512", code="bad_option")
+            if not 0 <= n <= MAX_THREADS:
+                raise InvalidArgument(f"threads is {n}; expected 0..{MAX_THREADS}", code="bad_option")
         if not 0 <= self.decode < context:
             raise InvalidArgument(f"{self.decode} tokens to decode; expected 0..{context - 1}", code="bad_option")
         if not 1 <= self.rounds <= 1000:

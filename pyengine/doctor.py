@@ -121,13 +121,15 @@ def diagnose(
     checks = check_kernels(tier)
     tell("comparing whole answers")
     checks += check_answers()
-    model, shape, formats = None, find_card(REFERENCE), REFERENCE_FORMATS
+    model, shape = None, find_card(REFERENCE)
+    formats: tuple[str, ...] = REFERENCE_FORMATS
     needed = 0
     if path is not None:
         tell("opening the model")
         with Model.open(path) as opened:
             model = look_at(opened, Path(path).name)
-            shape, formats = of_model(opened, Path(path).name), tuple(_main_formats(model))
+            shape = of_model(opened, Path(path).name)
+            formats = tuple(_main_formats(model))
             needed = opened.weight_bytes + sum(opened.session_bytes())
             if model.ids:
                 checks.append(_check_bos(opened, model))
@@ -184,10 +186,11 @@ def check_kernels(tier: str) -> list[Check]:
         checks.append(_compared(f"linear {name}", different, compared))
     for kv, kind in KV_TYPES.items():
         different = compared = 0
-        for keys, heads, dim in ((1, 1, 64), (255, 4, 64), (700, 8, 128)):
-            k, v = (quant.quantise(kv, rng.standard_normal((keys, dim), np.float32)).reshape(-1) for _ in range(2))
+        shapes: tuple[tuple[int, int, int], ...] = ((1, 1, 64), (255, 4, 64), (700, 8, 128))
+        for n_keys, heads, dim in shapes:
+            k, v = (quant.quantise(kv, rng.standard_normal((n_keys, dim), np.float32)).reshape(-1) for _ in range(2))
             q = rng.standard_normal((heads, dim), np.float32)
-            ours, scalar = (quant.attend(t, kind, k, v, keys, q) for t in (tier, "scalar"))
+            ours, scalar = (quant.attend(t, kind, k, v, n_keys, q) for t in (tier, "scalar"))
             different += int((ours.view(np.uint32) != scalar.view(np.uint32)).sum())
             compared += ours.size
         checks.append(_compared(f"attention {kv}", different, compared))
@@ -357,19 +360,18 @@ def _about_speed(d: Diagnosis) -> list[str]:
         if k.of_reading < _SLOW and k.format not in _SIMPLE and not _busy(d):
             said.append(
                 f"{k.format} is read at {k.bytes_per_second / 1e9:.1f} GB/s, {100 * k.of_reading:.0f} % of what memory "
-                "gives: one token at a time it is held up by arithmetic. A file in Q4_K_M or Q4_0 is larger or coarser, "
-                "but may be quicker."
+                "gives: one token at a time it is held up by arithmetic. A file in Q4_K_M or Q4_0 may be quicker."
             )
     if d.limits is not None:
         if d.limits.barrier_seconds > 20e-6:
             said.append(
-                f"Threads need {d.limits.barrier_seconds * 1e6:.0f} us to meet, usually one or less: something else runs "
-                "on these cores, or there are more threads than cores."
+                f"Threads need {d.limits.barrier_seconds * 1e6:.0f} us to meet, usually one or less: others run on "
+                "these cores, or there are more threads than cores."
             )
         if d.limits.read_highest > 1.5 * d.limits.read_lowest:
             said.append(
-                f"Memory gave between {d.limits.read_lowest / 1e9:.0f} and {d.limits.read_highest / 1e9:.0f} GB/s within"
-                " a second: it is shared with others, and speeds will vary as much."
+                f"Memory gave from {d.limits.read_lowest / 1e9:.0f} to {d.limits.read_highest / 1e9:.0f} GB/s within a "
+                "second: it is shared with others, and speeds will vary as much."
             )
     return said
 

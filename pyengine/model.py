@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 KvType = Literal["f16", "f32", "q8_0"]
 KV_TYPES: dict[KvType, int] = {"f16": 1, "f32": 0, "q8_0": 8}
+MAX_THREADS = 512  # of a session
 _NONE, _LAST, _ALL = 0, 1, 2  # pe_logits
 
 
@@ -170,7 +171,8 @@ class Session:
 
     Args:
         n_ctx: positions of the cache; 0: the model's context, at most 4096.
-        threads, threads_prefill: 0: one per usable physical core.
+        threads: when one token is evaluated, at most 512; 0: one per usable physical core of the fastest kind. Fewer
+            take part where that is quicker (docs/doctor.md). threads_prefill: when several are; 0: as threads.
         kv_type: ``"f16"``, ``"f32"`` or ``"q8_0"`` (half of f16's memory; head dimensions must be multiples of 32).
         chunk: tokens per prefill step, at most 1024; no effect on any logit.
     """
@@ -296,7 +298,8 @@ class Session:
 
 
 def default_threads() -> int:
-    """What ``threads=0`` stands for here and now: usable physical cores, affinity and control groups included."""
+    """What ``threads=0`` stands for here and now: physical cores of the fastest kind that affinity mask and control
+    groups leave."""
     return _core.default_threads()
 
 
@@ -325,8 +328,10 @@ def _options(
 ) -> tuple[int, int, int, int, int]:
     if kv_type not in KV_TYPES:
         raise InvalidArgument(f"kv_type is {kv_type!r}; expected one of {', '.join(KV_TYPES)}", code="bad_option")
-    values = {"n_ctx": n_ctx, "threads": threads, "threads_prefill": threads_prefill, "chunk": chunk}
-    for name, value in values.items():
+    for name, value in {"threads": threads, "threads_prefill": threads_prefill}.items():
+        if not 0 <= value <= MAX_THREADS:
+            raise InvalidArgument(f"{name} is {value}; expected 0..{MAX_THREADS}", code="bad_option", field=name)
+    for name, value in {"n_ctx": n_ctx, "chunk": chunk}.items():
         if not 0 <= value < 2**32:
             raise InvalidArgument(f"{name} is {value}; expected 0..2^32-1", code="bad_option")
     return n_ctx, threads, threads_prefill, KV_TYPES[kv_type], chunk

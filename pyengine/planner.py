@@ -17,7 +17,7 @@ from pyengine import synthetic
 from pyengine.errors import InvalidArgument, UnsupportedError
 from pyengine.forecast import Speed, Work, measure
 from pyengine.memory import available_memory
-from pyengine.model import KV_TYPES, KvType, Model, default_threads, shape_bytes
+from pyengine.model import KV_TYPES, MAX_THREADS, KvType, Model, default_threads, shape_bytes
 from pyengine.recipe import find_recipe
 from pyengine.shape import Shape, find_card, from_config, of_model
 
@@ -31,9 +31,11 @@ MACHINES = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SYSTEM_BYTES = 2 * GIB
 # A plan that leaves less than this is tight: half of it is what sessions may keep of earlier texts (``prefix_bytes``).
 MARGIN_BYTES = GIB // 2
-# The interpreter with the packages a chat imports, and the tokenizer; measured on CPython 3.11, tokenizers 0.22.
-_PROCESS_BYTES = 18 << 20
-_TOKEN_BYTES, _MERGE_BYTES = 312, 216
+# The interpreter with the packages a chat imports, and the tokenizer; measured on CPython 3.11, tokenizers 0.22
+# (benchmarks/plan_memory.py).
+_PROCESS_BYTES = 43 << 19
+_TOKEN_BYTES, _MERGE_BYTES = 346, 181
+_HUGE_PAGE = 2 << 20  # cache and scratch that are at least so large come in whole ones (csrc/base/aligned_buffer.cc)
 _CONTEXT_STEP = 256  # of the largest context: a multiple of it
 
 Verdict = Literal["fits", "tight", "no"]
@@ -153,8 +155,8 @@ def plan(
 
     Errors: ``InvalidArgument`` (unknown name, impossible value), ``FileError``, ``FormatError``, ``UnsupportedError``.
     """
-    if not 0 <= threads <= 512:
-        raise InvalidArgument(f"threads is {threads}; expected 0..512", code="bad_option")
+    if not 0 <= threads <= MAX_THREADS:
+        raise InvalidArgument(f"threads is {threads}; expected 0..{MAX_THREADS}", code="bad_option")
     threads = threads or default_threads()
     available = _available(ram)
     shape, own = _source(model)
@@ -210,7 +212,8 @@ class _Planner:
 
     def memory(self, weights: int, context: int, kv_type: KvType) -> Memory:
         kv, scratch = _session_bytes(self._shape, context, self._threads, kv_type)
-        return Memory(weights, kv, scratch, self._process)
+        rounded = sum(-n % _HUGE_PAGE for n in (kv, scratch) if n >= _HUGE_PAGE)
+        return Memory(weights, kv, scratch, self._process + rounded)
 
     def verdict(self, memory: Memory) -> Verdict:
         spare = self._available - memory.total

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -13,10 +11,11 @@ import numpy as np
 import pytest
 
 import pyengine
+from benchmarks import plan_memory
 from benchmarks.make_model import make_model
 from pyengine import FileError, FormatError, InvalidArgument, Model, UnsupportedError, planner, quant, synthetic
 from pyengine.memory import available_memory
-from pyengine.model import shape_bytes
+from pyengine.model import KvType, shape_bytes
 from pyengine.recipe import Facts, find_recipe
 from pyengine.shape import CARDS, Shape, from_config
 from tests.support import DATA, needs_data
@@ -262,43 +261,27 @@ def test_an_impossible_shape_is_refused_by_name(change: dict[str, int], words: s
     assert words in str(refused.value)
 
 
-PROGRAM = """
-import json, re, sys
-from pathlib import Path
-import pyengine, pyengine.generate
-path, n_ctx, kv = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-model = pyengine.Model.open(path)
-model.tokenizer
-session = model.session(n_ctx=n_ctx, threads=2, kv_type=kv)
-session.prefill([i % 500 for i in range(n_ctx - 1)])
-session.eval([1])
-status = Path("/proc/self/status").read_text()
-maps = Path("/proc/self/smaps").read_text()
-mapped = re.search(re.escape(path) + r"\\nSize: *(\\d+) kB", maps)
-print(json.dumps([1024 * int(re.search(r"RssAnon:\\s*(\\d+)", status)[1]), 1024 * int(mapped[1])]))
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a process uses")
-@pytest.mark.parametrize(("n_ctx", "kv"), [(512, "f16"), (1536, "f16"), (1536, "q8_0")])
-def test_a_process_takes_the_memory_that_was_planned(n_ctx: int, kv: str, tmp_path: Path) -> None:
-    """A small file of heads like the large ones': its cache dominates, as a long context's does."""
+@pytest.mark.parametrize(
+    ("arch", "heads", "kv_heads", "kind", "n_ctx", "kv"),
+    [
+        ("llama", 16, 16, "Q8_0", 512, "f16"),
+        ("llama", 16, 16, "Q4_K_M", 1536, "q8_0"),
+        ("qwen3", 16, 4, "Q4_0", 2048, "f16"),
+    ],
+)
+def test_a_process_takes_the_memory_that_was_planned(
+    tmp_path: Path, arch: str, heads: int, kv_heads: int, kind: str, n_ctx: int, kv: KvType
+) -> None:
+    """A text that fills the context; heads like the large models', so that its cache dominates, as a long one's does.
+
+    ``benchmarks/plan_memory.py`` does the same for large files.
+    """
     path = tmp_path / "model.gguf"
-    small = Shape("small", "llama", 16, 256, 512, 16, 16, 128, 2000, 4096)
-    make_model(path, small, "Q8_0")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), str(n_ctx), kv],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    anonymous, mapped = json.loads(done.stdout)
-    plan = pyengine.plan(path, contexts=[n_ctx], kv_types=[kv], quantisations=["Q8_0"], threads=2, ram=RAM)
-    memory = plan.cell(planner.THIS_FILE, n_ctx, kv).memory
-    assert anonymous == pytest.approx(memory.anonymous, rel=0.02, abs=4 << 20)
-    assert mapped == pytest.approx(memory.weights, rel=0.02)
-    assert plan.rows[0].weights == plan.rows[1].weights  # the file is of that recipe
+    make_model(path, Shape("small", arch, 16, 256, 512, heads, kv_heads, 128, 2000, 4096), kind)
+    used = plan_memory.use(path, n_ctx, kv, fill=True)
+    assert used.planned_anonymous == pytest.approx(used.anonymous, rel=0.02, abs=2 << 20)
+    assert used.planned_mapped == pytest.approx(used.mapped, rel=0.02)
 
 
 # --- verdicts, machines, advice --------------------------------------------------------------------------------------
