@@ -489,8 +489,13 @@ class Chat:
             yield
         finally:
             self.session.cancel()
-            thread.join()
-            self.session.clear_cancel()
+            try:
+                thread.join()
+            except KeyboardInterrupt:  # the session is nobody else's before the thread is done with it
+                thread.join()
+                raise
+            finally:
+                self.session.clear_cancel()
 
     @property
     def n_system(self) -> int:

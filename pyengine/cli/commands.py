@@ -261,16 +261,15 @@ def _read(talk: Conversation, argument: str) -> None:
 
 def _path_and_rest(argument: str) -> tuple[Path, str]:
     """A path with spaces needs quotes, unless the whole argument is one."""
-    whole = Path(argument).expanduser()
     if not argument:
         raise UsageError("which file?")
-    if whole.exists():
-        return whole, ""
-    if argument[0] in "'\"":
-        end = argument.find(argument[0], 1)
-        return Path(argument[1:end]).expanduser(), argument[end + 1 :].strip() if end > 0 else ""
-    first, _, rest = argument.partition(" ")
-    return Path(first).expanduser(), rest.strip()
+    name, rest = argument, ""
+    if not os.path.exists(os.path.expanduser(name)):  # which takes any text, unlike Path
+        if name[0] in "'\"":
+            name, _, rest = argument[1:].partition(argument[0])
+        else:
+            name, _, rest = re.sub(r"\s+", " ", argument, count=1).partition(" ")
+    return Path(os.path.expanduser(name)), rest.strip()
 
 
 def _file_text(path: Path) -> str:
@@ -315,7 +314,7 @@ COMMANDS = (
     Command("/stats", "[on | off]", "numbers of the last answer, or of every one", _stats, ("on", "off")),
     Command("/save", "FILE [--text]", "keep the conversation; --text: without what the model has read", _save, None),
     Command("/load", "FILE", "go on with a kept conversation", _load, None),
-    Command("/read", "FILE [MESSAGE]", "put a text file before your message, or the next", _read, None),
+    Command("/read", "FILE [MESSAGE]", "put a text file before your message, or the next", _read, None, True),
     Command("/think", "[show | dim | hide]", "the last reasoning in full, or how to show it", _think, THINK),
     Command("/bye", "", "leave", _bye),
 )

@@ -80,11 +80,15 @@ class _Lines:
         lines = [self._raw_line()]
         if not lines[0]:
             raise EOFError
-        while lines[-1].endswith(b"\n") and select.select([sys.stdin.fileno()], [], [], _PASTE_GAP)[0]:
+        while lines[-1].endswith(b"\n") and self._more_comes():
             lines.append(self._raw_line())
-            if not lines[-1]:
-                break
         return b"".join(lines).decode("utf-8", "surrogateescape").removesuffix("\n")
+
+    def _more_comes(self) -> bool:
+        try:
+            return bool(select.select([sys.stdin.fileno()], [], [], _PASTE_GAP)[0])
+        except OSError:  # Windows cannot wait for a console
+            return False
 
     def _raw_line(self) -> bytes:
         """Up to the line break; Ctrl-D ends a line without one, and gives nothing where there is none."""
@@ -151,11 +155,9 @@ class _Editor:
         return name
 
     def _whole(self, text: str) -> str:
-        """With the pastes in place of their names, once each."""
-        for name, paste in self._pastes.items():
-            before, found, after = text.partition(name)
-            text = before + paste + after if found else text
-        return text
+        """With the pastes in place of their names."""
+        names = "|".join(map(re.escape, self._pastes))
+        return re.sub(names, lambda found: self._pastes[found[0]], text) if names else text
 
     def _keys(self) -> KeyBindings:
         from prompt_toolkit.key_binding import KeyBindings

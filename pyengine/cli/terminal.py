@@ -62,6 +62,10 @@ class Conversation:
                 self.console.remark(f"({error})")
             except EngineError as error:  # of a command
                 self.console.remark(f"({describe(error)})")
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                self.console.remark(f"({error.filename or 'error'}: {error.strerror or error})")
             except EOFError:
                 return EXIT_OK
             except Leave:
@@ -94,18 +98,21 @@ class Conversation:
         except EngineError as error:
             why = error.message if isinstance(error, ContextFull) else f"error: {describe(error)}"
             self.console.remark(f"({why}; {fate})")
-        else:
-            explain_end(end, verbose=self.setup.args.verbose)
-            if self.stats:
-                self.console.remark(table_of(end.stats))
-            self._stopped = end.reason == "cancelled"
-            remarks = ["stopped"] * self._stopped
-            remarks += [f"no answer had begun: {fate}"] * (len(chat.messages) == n_before)
-            remarks += ["Ctrl-C again leaves"] * self._stopped
-            if remarks:
-                self.console.remark(f"({'; '.join(remarks)})")
-        if len(chat.messages) > n_before:
-            self.attached = []
-        elif instead_of is not None:
-            chat.messages, chat.dropped = instead_of
+            say("")
+            return
+        finally:
+            kept = len(chat.messages) > n_before
+            if kept:
+                self.attached = []
+            elif instead_of is not None:
+                chat.messages, chat.dropped = instead_of
+        explain_end(end, verbose=self.setup.args.verbose)
+        if self.stats:
+            self.console.remark(table_of(end.stats))
+        self._stopped = end.reason == "cancelled"
+        remarks = ["stopped"] * self._stopped
+        remarks += [f"no answer had begun: {fate}"] * (not kept)
+        remarks += ["Ctrl-C again leaves"] * self._stopped
+        if remarks:
+            self.console.remark(f"({'; '.join(remarks)})")
         say("")

@@ -46,13 +46,13 @@ class Terminal:
         self.seen = ""
         self._at = 0
 
-    def wait_for(self, text: str, seconds: float = 30.0) -> str:
+    def wait_for(self, text: str, seconds: float = 60.0) -> str:
         """Reads until ``text`` is printed after what was waited for before; returns what was printed until then."""
         self.wait_until(lambda: text in self.seen[self._at :], seconds, repr(text))
         start, self._at = self._at, self.seen.index(text, self._at) + len(text)
         return self.seen[start : self._at]
 
-    def wait_for_prompt(self, typed: str = "", seconds: float = 30.0) -> str:
+    def wait_for_prompt(self, typed: str = "", seconds: float = 60.0) -> str:
         """Reads until the cursor stands in a line that is the prompt and ``typed``; returns what was printed."""
         start, want = self._at, f"{PROMPT} {typed}".rstrip()
         self.wait_until(lambda: self.line() == want, seconds, repr(want))
@@ -100,7 +100,7 @@ class Terminal:
 
     def paste(self, text: str) -> None:
         """As a terminal hands over what is pasted, once the program has asked for that."""
-        self.wait_until(lambda: "\x1b[?2004h" in self.seen, 30.0, "bracketed paste")
+        self.wait_until(lambda: "\x1b[?2004h" in self.seen, 60.0, "bracketed paste")
         self.type(f"\x1b[200~{text}\x1b[201~".replace("\n", "\r"))
 
     def interrupt(self) -> None:
@@ -116,7 +116,7 @@ class Terminal:
         os.close(self._master)
         self._master = -1
 
-    def exit_code(self, seconds: float = 30.0) -> int:
+    def exit_code(self, seconds: float = 60.0) -> int:
         """Waits for the end, reading what is still printed."""
         deadline = time.monotonic() + seconds
         while self._master >= 0 and time.monotonic() < deadline:

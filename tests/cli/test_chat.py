@@ -181,6 +181,8 @@ def test_a_file_goes_before_the_message(start: Start, tmp_path: Path) -> None:
         "/dev/null": "no regular file",
         "latin.txt": "not valid UTF-8 (byte 4)",
         "empty.txt": "is empty",
+        "x" * 5000: "File name too long",
+        "~nobody/x": "is not there",
     }.items():
         assert complaint in say(chat, f"/read {name}")
     assert "messages  4" in say(chat, "/show")
@@ -203,7 +205,8 @@ def test_a_saved_conversation_goes_on_without_being_read_again(start: Start, tmp
     say(chat, "And 5 times 7?")
     assert say(chat, "/show messages") == uninterrupted
     kept, new = map(int, re.findall(r"(\d+) kept, (\d+) new", say(chat, "/stats"))[0])
-    assert kept > new > 0
+    assert kept >= 10  # whatever was read ahead before it was saved
+    assert new > 0
     # without keys; over a chat file, but over nothing else
     say(chat, "/save talk.chat --text")
     assert "5 messages, the keys of 0 tokens" in say(chat, "/load talk.chat")
