@@ -46,6 +46,7 @@ class Stats:
         prefill_seconds, decode_seconds: time in the model and the sampler, without the consumer's.
         seed: draws this text again.
         context_used, context_size: positions filled at the end, and available.
+        thought_looped: the reasoning was closed because it repeated itself (``loop_limit``).
     """
 
     prompt_tokens: int
@@ -60,6 +61,7 @@ class Stats:
     context_size: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    thought_looped: bool = False
 
     @property
     def prefill_rate(self) -> float:

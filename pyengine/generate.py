@@ -14,7 +14,6 @@ import functools
 import threading
 import time
 from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -31,6 +30,7 @@ from pyengine.events import Text as Text
 from pyengine.events import collect as collect
 from pyengine.loops import LoopDetector
 from pyengine.output import Output, OutputTokenizer
+from pyengine.overflow import Turn, overflowed
 from pyengine.reasoning import reasoning_profile
 from pyengine.sampling import Sampler, SampleResult, SamplerSettings
 from pyengine.speculate import Drafter, Lookahead, LookaheadSession, ModelDrafter, NgramDrafter
@@ -104,8 +104,9 @@ def generate(
         reasoning: whether to tell reasoning from answer; ``False`` makes everything :class:`Text`.
         starts_in_reasoning: the prompt ends inside a reasoning section (``<think>`` opened by the template).
         think_budget: after so many tokens of reasoning, close it and let the model answer; ``None``: no limit.
-        loop_limit: end an answer (or thought) that repeats one passage, token for token, for so many tokens and at
-            least three times in a row (:class:`pyengine.loops.LoopDetector`); ``None``: never.
+        loop_limit: end an answer that repeats one passage, token for token, for so many tokens and at least three
+            times in a row (:class:`pyengine.loops.LoopDetector`), or close such a thought and let the model answer
+            (``stats.thought_looped``); ``None``: never.
         on_prefill: called with (tokens done, tokens to do) while the prompt is evaluated.
         speculate: how to guess tokens that are then checked several at a time: ``"ngram"`` by what followed the same
             tokens before, where that is quicker; ``"off"``; or a :class:`pyengine.speculate.ModelDrafter`. No effect
@@ -181,7 +182,8 @@ class _Run:
         self.history = array("q", prompt)  # prompt and generated ids
         self.max_tokens = max_tokens
         self.think_budget = think_budget
-        self.loops = LoopDetector(loop_limit) if loop_limit is not None else None
+        self.loops = None if loop_limit is None else LoopDetector(loop_limit)
+        self.thought_looped = False
         self.on_prefill = on_prefill
         self.shorten = shorten
         self.n_reused = self.n_reasoning = 0
@@ -229,7 +231,10 @@ class _Run:
             if self._is_long_enough():
                 return "length"
             if self.loops is not None and self.loops.feed(result.id):
-                return "loop"
+                if not out.in_reasoning:
+                    return "loop"
+                self.thought_looped, self.think_budget = True, self.n_reasoning
+                self.loops.restart()
             pending = [result.id]
 
     def _shift(self) -> Shifted | None:
@@ -295,6 +300,7 @@ class _Run:
             context_size=self.session.n_ctx,
             drafted_tokens=self.lookahead.n_drafted,
             accepted_tokens=self.lookahead.n_accepted,
+            thought_looped=self.thought_looped,
         )
 
 
@@ -403,7 +409,7 @@ class Chat:
         return self._answer(dict(messages[-1]))
 
     def _answer(self, message: dict[str, Any]) -> Iterator[Event]:
-        turn = _Turn(self, message)
+        turn = Turn(self, message)
         events = generate(
             self.session,
             turn.prompt.ids,
@@ -420,7 +426,7 @@ class Chat:
         )
         return self._events(turn, events)
 
-    def _events(self, turn: _Turn, events: Iterator[Event]) -> Iterator[Event]:
+    def _events(self, turn: Turn, events: Iterator[Event]) -> Iterator[Event]:
         seen: list[Event] = []
         try:
             if turn.shifted is not None:
@@ -429,7 +435,7 @@ class Chat:
                 seen.append(event)
                 if isinstance(event, End):
                     if event.reason == "context" and self.overflow == "error":
-                        raise _overflowed(event.stats)
+                        raise overflowed(event.stats)
                     self._keep(turn, seen, ended=event.reason in ("eog", "stop"))
                 yield event
         except GeneratorExit:  # the consumer leaves early
@@ -437,7 +443,7 @@ class Chat:
                 self._keep(turn, seen, ended=False)
             raise
 
-    def _keep(self, turn: _Turn, events: list[Event], *, ended: bool) -> None:
+    def _keep(self, turn: Turn, events: list[Event], *, ended: bool) -> None:
         from pyengine.chat import written_pieces
 
         reply = collect(events)
@@ -554,48 +560,3 @@ class Chat:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-class _Turn:
-    """A message on its way: its prompt, and the turns dropped for it. The chat changes when the turn is kept."""
-
-    def __init__(self, chat: Chat, user: dict[str, str]) -> None:
-        self.chat = chat
-        self.user = user
-        self.dropped = chat.dropped
-        self.prompt = chat.build([*chat.messages, user])
-        self.shifted: Shifted | None = None
-        n_ctx = chat.session.n_ctx
-        if chat.overflow == "shift" and len(self.prompt.ids) > n_ctx:
-            before = len(self.prompt.ids)
-            shorter = self.shorten(0)
-            if shorter is not None:
-                ids, messages = shorter
-                self.shifted = Shifted(messages, len(ids), before - len(ids), n_ctx)
-
-    def shorten(self, n_answer: int) -> tuple[Sequence[int], int] | None:
-        """A prompt that leaves a quarter of the context free after ``n_answer`` tokens of the answer, or some of it."""
-        chat, size = self.chat, self.chat.session.n_ctx
-        turns = [*chat.messages, self.user][chat.n_system :]
-        cuts = [i for i in range(self.dropped + 1, len(turns)) if turns[i]["role"] == "user"]
-        if not cuts:
-            return None
-        prompts: dict[int, PromptIds] = {}
-
-        def frees_enough(cut: int) -> bool:
-            prompts[cut] = chat.build([*chat.messages, self.user], dropped=cut)
-            return len(prompts[cut].ids) + n_answer + size // 4 <= size
-
-        cut = cuts[min(bisect_left(cuts, True, key=frees_enough), len(cuts) - 1)]
-        if len(prompts[cut].ids) + n_answer >= size:
-            return None
-        dropped, self.dropped, self.prompt = cut - self.dropped, cut, prompts[cut]
-        return self.prompt.ids, dropped
-
-
-def _overflowed(stats: Stats) -> ContextFull:
-    return ContextFull(
-        f"the context of {stats.context_size} tokens is full: the prompt took {stats.prompt_tokens}, the answer "
-        f"{stats.generated_tokens} and was not finished",
-        code="context_full",
-    )

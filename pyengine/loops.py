@@ -26,6 +26,10 @@ class LoopDetector:
         period = np.arange(1, _LONGEST + 1)
         self._enough: npt.NDArray[np.int64] = np.maximum(limit, _COPIES * period) - period
 
+    def restart(self) -> None:
+        """Counts no token that came so far."""
+        self._agreed[:] = 0
+
     def feed(self, token: int) -> bool:
         """Whether the text, this token included, ends in a loop. About 10 µs."""
         self._agreed += 1

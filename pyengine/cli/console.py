@@ -290,6 +290,8 @@ def explain_end(end: End, *, verbose: bool) -> None:
         )
     if end.reason == "loop":
         say("pyengine-run: the answer was repeating itself word for word and was ended; --loop-limit 0 lets it go on")
+    elif s.thought_looped:
+        say("pyengine-run: the thought was repeating itself word for word and was closed; --loop-limit 0 lets it go on")
     if verbose:
         say(
             f"prompt: {s.prompt_tokens} tokens, {s.reused_tokens} reused, {s.prefill_rate:.1f} tokens/s; "

@@ -116,8 +116,9 @@ def test_reasoning_is_never_on_stdout(tmp_path: Path) -> None:
     template = tmp_path / "thinking.jinja"
     template.write_text(THINKING)
     common_args = [STORIES, "Once upon", *GREEDY, "-n", "40", "--chat-template", template]
-    hidden = run(*common_args)
-    assert (hidden.returncode, hidden.stdout, hidden.stderr) == (0, b"", b"")
+    for hiding in ([], ["--think", "hide"], ["--think", "dim"]):  # a line that is drawn over needs a terminal
+        hidden = run(*common_args, *hiding)
+        assert (hidden.returncode, hidden.stdout, hidden.stderr) == (0, b"", b"")
     shown = run(*common_args, "--think", "show")
     assert shown.stdout == b""
     assert len(shown.stderr) > 40
@@ -141,6 +142,39 @@ def test_piped_text_comes_before_the_prompt() -> None:
     assert prompt_tokens(stdin=b"\xef\xbb\xbfTom sat\n") == len(tokenizer.encode("Tom sat\n"))
     assert prompt_tokens("-", stdin=b"Tom sat") == len(tokenizer.encode("Tom sat"))
     assert prompt_tokens("Lily ran", stdin=b"") == len(tokenizer.encode("Lily ran"))
+
+
+@needs_data
+def test_files_stand_between_piped_text_and_the_prompt(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"\xef\xbb\xbfTom sat\n")
+    two.write_text("Ben ran\r\n")
+    tokenizer = Tokenizer.from_gguf(STORIES)
+
+    def prompt_tokens(*args: str | Path, stdin: bytes | None = None) -> int:
+        done = run(STORIES, *args, "--raw", "--json", "-n", "1", stdin=stdin)
+        return int(json.loads(done.stdout)["usage"]["prompt_tokens"])
+
+    assert prompt_tokens("-f", one) == len(tokenizer.encode("Tom sat\n"))  # raw text alone is exact
+    assert prompt_tokens("-f", one, "--file", two) == len(tokenizer.encode("Tom sat\n\nBen ran"))
+    assert prompt_tokens("Lily", "-f", one, stdin=b"") == len(tokenizer.encode("Tom sat\n\nLily"))
+    assert prompt_tokens("Lily", "-f", one, stdin=b"Kim\n") == len(tokenizer.encode("Kim\n\nTom sat\n\nLily"))
+    one.write_bytes(b"caf\xe9")
+    check_failure(run("m.gguf", "-f", one), common.EXIT_USAGE, str(one), "not valid UTF-8 (byte 4)")
+    check_failure(run("m.gguf", "hi", "-f", tmp_path / "none"), common.EXIT_ERROR, "none", "No such file")
+    two.write_text("\n")
+    check_failure(run("m.gguf", "-f", two), common.EXIT_USAGE, "prompt is empty")
+
+
+def test_an_answer_that_repeats_itself_is_ended_and_json_says_so() -> None:
+    args = ["--demo", "hi", "--temp", "0", "-c", "4096", "--logit-bias", "42+1000", "-n", "700", "--json"]
+    loops = run(*args)
+    assert loops.returncode == 0
+    assert b"repeating itself word for word" in loops.stderr
+    report = json.loads(loops.stdout)
+    assert (report["finish_reason"], report["usage"]["completion_tokens"]) == ("loop", 512)
+    for free in (["--loop-limit", "0"], ["--raw"]):
+        assert json.loads(run(*args, *free).stdout)["finish_reason"] == "length"
 
 
 @needs_data
@@ -253,6 +287,7 @@ def test_each_bad_file_has_its_own_message(bad: Path, name: str, words: list[str
         (["m.gguf", "hi", "--logit-bias", "five+1"], ["--logit-bias"]),
         (["m.gguf", "hi", "-n", "0"], ["--n-predict"]),
         (["m.gguf", "hi", "--think-budget", "-1"], ["--think-budget"]),
+        (["m.gguf", "hi", "--loop-limit", "-1"], ["--loop-limit"]),
         (["--demo", "a", "b"], ["--demo"]),
         (["m.gguf", "hi", "--draft", ""], ["draft model is empty"]),
         (["m.gguf", "hi", "--draft", "d.gguf", "--speculate", "ngram"], ["--draft", "--speculate"]),

@@ -15,7 +15,7 @@ import pytest
 from pyengine import chat as chat_module
 from pyengine.chat import PromptIds
 from pyengine.errors import Cancelled, ContextFull, InvalidArgument, NumericError
-from pyengine.generate import Chat, End, Event, Reasoning, Text, collect, generate
+from pyengine.generate import THINK_CLOSE, Chat, End, Event, Reasoning, Text, collect, generate
 from pyengine.sampling import SamplerSettings
 from pyengine.stops import StopMatcher
 
@@ -516,9 +516,15 @@ def test_an_answer_that_repeats_itself_is_ended_and_says_so() -> None:
     assert last(run(Scripted(says(script)))).reason == "eog"  # nobody asked
 
 
-def test_a_thought_that_repeats_itself_is_ended_too() -> None:
-    events = run(Scripted(says("<think>" + "wait, " * 500)), loop_limit=100)
-    assert (last(events).reason, collect(events).text) == ("loop", "")
+def test_a_thought_that_repeats_itself_is_closed_and_answered() -> None:
+    thought = "so:" + (" wait," * 100)[:100]
+    forced = "x" * len(Bytes().encode(THINK_CLOSE, parse_special=True))  # what the closing comes in place of
+    events = run(Scripted(says(f"<think>{thought}{forced}Yes.")), loop_limit=100)
+    assert collect(events) == ("Yes.", thought)
+    assert (last(events).reason, last(events).stats.thought_looped) == ("eog", True)
+    events = run(Scripted(says("<think>" + "wait, " * 500)), loop_limit=100)  # and then the answer does, too
+    assert (last(events).reason, last(events).stats.thought_looped) == ("loop", True)
+    assert len(collect(events).text) == 100
 
 
 def test_the_end_of_a_thought_is_told_at_once_with_its_tokens() -> None:
