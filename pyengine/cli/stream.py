@@ -461,7 +461,7 @@ class Server:
                 "settings": settings,
                 "max_tokens": number("max_tokens", 1, setup.max_tokens),
                 "think_budget": number("think_budget", 0, setup.args.think_budget),
-                "loop_limit": number("loop_limit", 1, None),
+                "loop_limit": number("loop_limit", 1, setup.loop_limit),
                 "stop": fields.texts("stop") if "stop" in fields.values else tuple(setup.args.stop),
             },
             overflow=overflow,

@@ -1,7 +1,8 @@
-/* A host in C: loads a model, evaluates a prompt of ids, prints greedy ids. Compiled by tests/api/test_embedding.py
- * against the installed header and library alone.   usage: embed MODEL COUNT ID... */
+/* A host in C: loads a model, evaluates a prompt of ids, prints greedy ids, saves and restores. Compiled by
+ * tests/api/test_embedding.py against the installed header and library alone.   usage: embed MODEL COUNT ID... */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "pyengine.h"
 
@@ -14,10 +15,13 @@ static int fail(const char* what) {
 int main(int argc, char** argv) {
   pe_model* model = NULL;
   pe_session* session = NULL;
+  pe_session* restored = NULL;
+  unsigned char* state;
+  uint64_t state_bytes = 0;
   pe_session_options options;
   pe_model_info info;
   int32_t ids[256];
-  float* logits;
+  float *logits, *again;
   int count, i;
   size_t n = 0;
 
@@ -32,7 +36,8 @@ int main(int argc, char** argv) {
   options.n_ctx = 256;
   options.n_threads = 2;
   if (pe_session_create(model, &options, &session) != PE_OK) return fail("session");
-  pe_model_close(model); /* the session keeps it alive */
+  if (pe_session_create(model, &options, &restored) != PE_OK) return fail("second session");
+  pe_model_close(model); /* the sessions keep it alive */
 
   logits = (float*)malloc(info.n_vocab * sizeof *logits);
   if (!logits) return 1;
@@ -45,6 +50,25 @@ int main(int argc, char** argv) {
     ids[0] = (int32_t)best;
     n = 1;
   }
+
+  /* what the session holds, saved and restored, goes on with the same logits */
+  if (pe_session_state_bytes(session, pe_session_length(session), &state_bytes) != PE_OK) return fail("state size");
+  state = (unsigned char*)malloc((size_t)state_bytes);
+  if (!state) return 1;
+  if (pe_session_save(session, 0, pe_session_length(session), state, (size_t)state_bytes) != PE_OK) return fail("save");
+  state[state_bytes / 2] ^= 1;
+  if (pe_session_restore(restored, state, (size_t)state_bytes) != PE_E_FORMAT) return 5;
+  state[state_bytes / 2] ^= 1;
+  if (pe_session_restore(restored, state, (size_t)state_bytes) != PE_OK) return fail("restore");
+  if (pe_session_length(restored) != pe_session_length(session)) return 6;
+  if (pe_session_eval(session, ids, 1, PE_LOGITS_LAST, logits, info.n_vocab) != PE_OK) return fail("eval");
+  again = (float*)malloc(info.n_vocab * sizeof *again);
+  if (!again) return 1;
+  if (pe_session_eval(restored, ids, 1, PE_LOGITS_LAST, again, info.n_vocab) != PE_OK) return fail("eval restored");
+  if (memcmp(logits, again, info.n_vocab * sizeof *again) != 0) return 7;
+  free(state);
+  free(again);
+  pe_session_free(restored);
 
   /* failures leave outputs empty and describe themselves */
   if (pe_model_open("no such file", NULL, &model) != PE_E_IO || model != NULL) return 3;

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
+import random
 import resource
 import signal
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pyengine import Chat, End, Model, SamplerSettings, demo_model_path
-from pyengine.chat_file import MAGIC, load_chat, read_chat, restore_chat, save_chat
-from pyengine.errors import FileError, FormatError, InvalidArgument
+from pyengine.chat_file import (
+    MAGIC,
+    MAX_HEADER,
+    load_chat,
+    read_chat,
+    restore_chat,
+    restore_keys,
+    save_chat,
+    save_keys,
+)
+from pyengine.errors import EngineError, FileError, FormatError, InvalidArgument
 from pyengine.generate import Stats
 from pyengine.model import KvType
 
@@ -133,3 +147,170 @@ def test_a_file_that_is_something_else_is_refused_by_what_it_is(model: Model, tm
     path.write_bytes(MAGIC + b"\1\0\0\0\xff\xff\xff\xff" + bytes(40))
     with pytest.raises(FormatError, match="4294967295"):  # and nothing of that size is allocated
         read_chat(path)
+
+
+# ---- damage ----
+
+
+def corrupted(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """One accident: a flipped bit, a cut, a part that is zero, moved, doubled or another file's, a wrong length."""
+    a, b = sorted(rng.sample(range(len(data)), 2))
+    match rng.randrange(10):
+        case 0 | 1:
+            flipped = bytearray(data)
+            flipped[a if rng.random() < 0.5 else a % 4000] ^= 1 << rng.randrange(8)
+            return bytes(flipped)
+        case 2:
+            return data[:a]
+        case 3:
+            return data[:a] + bytes(b - a) + data[b:]
+        case 4:  # two parts change places
+            middle = (a + b) // 2
+            return data[:a] + data[middle:b] + data[a:middle] + data[b:]
+        case 5:
+            return data[:b] + data[a:]
+        case 6:
+            return data[:a] + other[a:]
+        case 7:  # the length of the header
+            return data[:12] + rng.choice([0, 1, 47, 2**16, 2**24, 2**31, 2**32 - 1]).to_bytes(4, "little") + data[16:]
+        case 8:
+            return data[:a] + data[b:]
+        case _:
+            return data + bytes(rng.randrange(1, 100))
+
+
+def refusal(path: Path, chat: Chat) -> EngineError | None:
+    try:
+        restore_chat(path, chat)
+    except EngineError as error:
+        return error
+    return None
+
+
+def damage(model: Model, folder: Path, count: int, seed: int) -> int:
+    """How many of so many accidents were refused; the others must have changed nothing. Any other outcome fails."""
+    with conversation(model) as chat, chat.session:
+        save_chat(folder / "good", chat)
+        answer(chat, "And if he gives 19 away?")
+        save_chat(folder / "other", chat)
+        data, other = (folder / "good").read_bytes(), (folder / "other").read_bytes()
+        messages, tokens, held = chat.messages[:], chat.session.tokens, chat.settings
+        rng = random.Random(seed)
+        path = folder / "bad"
+        refused = 0
+        for number in range(count):
+            bad = corrupted(data, other, rng)
+            path.write_bytes(bad)
+            error = refusal(path, chat)
+            if error is None:
+                assert bad == data, number
+                chat.messages = messages[:]
+                continue
+            refused += 1
+            assert isinstance(error, FormatError), (number, error)
+            assert str(path) in error.message
+            assert len(error.message) > len(str(path)) + 20
+            assert chat.messages == messages
+            assert chat.settings == held
+        assert len(messages) == 5
+        # What of the session was overwritten is right as far as it goes.
+        restore_chat(folder / "other", chat)
+        assert (chat.messages, chat.session.tokens) == (messages, tokens)
+    return refused
+
+
+def test_a_thousand_accidents_are_refused_with_a_reason(model: Model, tmp_path: Path) -> None:
+    tracemalloc.start()
+    try:
+        assert damage(model, tmp_path, 1000, seed=1) >= 990
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20  # whatever sizes a file claims
+    finally:
+        tracemalloc.stop()
+
+
+def with_header(data: bytes, header: Any) -> bytes:
+    """A file whose checksum is right and whose header is ``header``."""
+    length = int.from_bytes(data[12:16], "little")
+    text = json.dumps(header).encode()
+    prefix = data[:12] + len(text).to_bytes(4, "little")
+    return prefix + hashlib.sha256(prefix + text).digest() + text + data[48 + length :]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(item, (*path, key))
+
+
+def test_an_impossible_header_is_refused_by_name_though_its_checksum_is_right(model: Model, tmp_path: Path) -> None:
+    """Every value of the header in turn is missing, or of every other type, or far out of range."""
+    with conversation(model) as chat, chat.session:
+        chat.written = {"x": (5, 6)}
+        save_chat(tmp_path / "good", chat)
+        data = (tmp_path / "good").read_bytes()
+        good = json.loads(data[48 : 48 + int.from_bytes(data[12:16], "little")])
+        strange = [None, True, -1, 2**70, 1.5, "", "text", [], {}, [[]], {"role": 5}, float("1e300")]
+        path, tried, refused = tmp_path / "bad", 0, 0
+        for place in places(good):
+            for value in [*strange, "gone"]:
+                header = json.loads(json.dumps(good))
+                if place:
+                    inner = header
+                    for key in place[:-1]:
+                        inner = inner[key]
+                    if value == "gone":
+                        del inner[place[-1]]
+                    else:
+                        inner[place[-1]] = value
+                else:
+                    header = value
+                path.write_bytes(with_header(data, header))
+                tried += 1
+                error = refusal(path, chat)
+                if error is not None:
+                    refused += 1
+                    assert isinstance(error, FormatError) or error.code == "other_model", (place, value, error)
+                    assert str(path) in error.message
+                chat.clear()
+        assert tried > 700
+        assert refused > tried * 0.6
+        path.write_bytes(with_header(data, {**good, "keys": {**good["keys"], "tokens": 2**40}}))
+        with pytest.raises(FormatError):
+            restore_chat(path, chat)
+        path.write_bytes(with_header(data, {**good, "written": {"hello": [model.tokenizer.eos_id]}}))
+        with pytest.raises(FormatError, match="say something else"):  # no control token by the back door
+            restore_chat(path, chat)
+
+
+def test_a_header_of_too_many_bytes_is_neither_written_nor_read(model: Model, tmp_path: Path) -> None:
+    with conversation(model) as chat, chat.session:
+        chat.messages.append({"role": "user", "content": "x" * MAX_HEADER})
+        with pytest.raises(InvalidArgument, match=str(MAX_HEADER)):
+            save_chat(tmp_path / "large", chat)
+        assert os.listdir(tmp_path) == []
+
+
+def test_keys_of_another_model_are_refused(model: Model, tmp_path: Path) -> None:
+    """Also where only the weights differ: of the same shapes and vocabulary."""
+    changed = bytearray(demo_model_path().read_bytes())
+    with Model.open(demo_model_path()) as original:
+        tensor = original.file.tensors["blk.1.ffn_up.weight"]
+    for at in range(tensor.offset, tensor.offset + tensor.size):
+        changed[at] ^= 1 if (at - tensor.offset) % 34 == 5 else 0  # one code of each block
+    (tmp_path / "tuned.gguf").write_bytes(changed)
+    with conversation(model) as chat, chat.session, Model.open(tmp_path / "tuned.gguf") as tuned:
+        save_chat(tmp_path / "chat", chat)
+        save_keys(tmp_path / "keys", chat.session)
+        with pytest.raises(InvalidArgument, match="fingerprint") as caught:
+            load_chat(tmp_path / "chat", tuned)
+        assert caught.value.code == "other_model"
+        with tuned.session() as session, pytest.raises(InvalidArgument, match="fingerprint"):
+            restore_keys(tmp_path / "keys", session)
+        with load_chat(tmp_path / "chat", tuned, any_model=True) as other:
+            assert other.messages == chat.messages
+            assert len(other.session) == 0
+            assert answer(other, "What is 1 + 2?")[1].reused_tokens == 0
+        with Model.open(demo_model_path(), copy=True) as copy, copy.session() as session:
+            assert restore_keys(tmp_path / "keys", session).tokens == len(chat.session)
