@@ -46,12 +46,12 @@ lint: $(VENV)/.test  ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests benchmarks examples -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
+	$(BIN)/clang-format -i $(shell find csrc tests benchmarks examples -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer + UndefinedBehaviorSanitizer, the pool under ThreadSanitizer
 	$(BIN)/cmake -S . -B build/asan -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_SANITIZE=address,undefined
