@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 CHECKS := $(wildcard tests/*/*_check.cc) benchmarks/limits.cc
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast wheel wheel-check clean
+.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast test-offline hostile-text tokenizers wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
 	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
@@ -38,6 +38,12 @@ determinism-aarch64: $(VENV)/.test  ## the golden hashes on an emulated aarch64 
 
 interrupts: $(VENV)/.test  ## how long Ctrl-C takes at 200 random moments; MODEL=FILE.gguf (p99 above 250 ms fails)
 	$(BIN)/python -m tests.cli.interrupts $(MODEL)
+
+hostile-text: $(VENV)/.test  ## hostile templates, every special string x role x position, runs of 1 MiB (half an hour)
+	$(BIN)/python -m tests.text.hostile
+
+tokenizers: $(VENV)/.test  ## 1,000,000 random strings a vocabulary against the original tokenizer.json (20 minutes)
+	$(BIN)/python -m tests.text.differences
 
 golden: $(VENV)/.test  ## adds to golden.json what it lacks, after a new numerics epoch (docs/numerics.md)
 	$(BIN)/python -m tests.determinism.golden --write

@@ -24,8 +24,8 @@ Message = Mapping[str, Any]
 """A chat message as everyone writes them: ``{"role": "user", "content": "Hello"}``."""
 
 # Budget of a rendering (see pyengine.template). Published templates take under 100 steps for each message, so this
-# leaves room for ones that look at all messages for each message.
-_STEPS, _STEPS_PER_MESSAGE = 100_000, 10_000
+# leaves room for ones that look at all messages for each message, and for ones that split long texts.
+_STEPS, _STEPS_PER_MESSAGE, _STEPS_PER_CHAR = 100_000, 10_000, 2
 _CHARS, _CHARS_PER_CHAR = 4 << 20, 64
 
 _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # templates print roles inside markers, so they must be nothing but names
@@ -124,7 +124,7 @@ class ChatTemplate:
         size = _size(known)
         known |= {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
         known = {"bos_token": self.bos, "eos_token": self.eos, **known}
-        steps = _STEPS + _STEPS_PER_MESSAGE * len(messages)
+        steps = _STEPS + _STEPS_PER_MESSAGE * len(messages) + _STEPS_PER_CHAR * size
         return self._template.render(known, steps=steps, chars=_CHARS + _CHARS_PER_CHAR * size)
 
 

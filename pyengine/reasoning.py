@@ -44,7 +44,8 @@ class ReasoningSplitter:
         self.lone_closer = False
         self._opened = starts_in_reasoning
         self._state: _State = "start"
-        self._held = ""  # received, not yet given out
+        self._blank: list[str] = []  # pieces of white space that may be dropped, apart: a run of it is looked at once
+        self._held = ""  # what else was received and is not yet given out; comes after them
 
     @property
     def in_reasoning(self) -> bool:
@@ -53,14 +54,27 @@ class ReasoningSplitter:
 
     def feed(self, text: str) -> list[tuple[bool, str]]:
         """The parts that are certain now, as (is reasoning, text), none of them empty."""
+        if not self._held and self._may_be_dropped(text):
+            self._blank.append(text)
+            return []
         self._held += text
-        return self._advance(final=False)
+        parts = self._advance(final=False)
+        if self._may_be_dropped(self._held):
+            self._blank, self._held = [self._held], ""
+        return parts
 
     def flush(self) -> list[tuple[bool, str]]:
         """What was held back, once nothing follows."""
         return self._advance(final=True)
 
+    def _may_be_dropped(self, text: str) -> bool:
+        if self._state == "inside":
+            return text.strip("\n") == ""
+        return text.isspace() and self._state in ("start", "closed")
+
     def _advance(self, final: bool) -> list[tuple[bool, str]]:
+        self._held = "".join([*self._blank, self._held])
+        self._blank = []
         parts: list[tuple[bool, str]] = []
         while True:
             state = self._state

@@ -16,22 +16,25 @@ import datetime
 import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 
 from pyengine.errors import FormatError, UnsupportedError
 
-MAX_SOURCE = 64 * 1024  # characters; several times the longest published template, and parsed in a fifth of a second
+MAX_SOURCE = 64 * 1024  # characters; several times the longest published template
+_MAX_TOKENS = 20_000  # of Jinja; published templates have up to some 5,000, and parsing takes about 5 us for each
 _MAX_CALLS = 40  # nested macro calls
 _MAX_DEPTH = 200  # nested nodes
 _MAX_VALUE_DEPTH = 50  # nested lists and dicts
 _MAX_RANGE = 100_000
 _MAX_INT = 1 << 63
+_MAX_MESSAGE = 500  # characters of an error; a template can make names of any length
 
 _Scope = dict[str, Any]
 
@@ -105,6 +108,19 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _TokenBudget(Extension):
+    """Ends the parsing of a source that is nothing but tokens."""
+
+    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
+        for count, token in enumerate(stream):
+            if count >= _MAX_TOKENS:
+                raise _error(f"it has more than {_MAX_TOKENS} tokens", token.lineno, "template_limit")
+            yield token
+
+
+_EXTENSIONS = ("jinja2.ext.loopcontrols", "jinja2.ext.do", _GenerationTag, _TokenBudget)
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON as Hugging Face's ``tojson`` writes it: no HTML escapes, non-ASCII kept."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
@@ -123,11 +139,10 @@ class Template:
             raise UnsupportedError(
                 f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are read", code="template_limit"
             )
-        extensions: list[str | type[Extension]] = ["jinja2.ext.loopcontrols", "jinja2.ext.do", _GenerationTag]
-        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=_EXTENSIONS)
         try:
             self._tree = environment.parse(source)
-            _check_depth(self._tree)
+            _check_nodes(self._tree)
         except jinja2.TemplateSyntaxError as error:
             raise FormatError(
                 f"chat template, line {error.lineno}: {error.message}", code="template_syntax", field="chat_template"
@@ -161,6 +176,7 @@ class Template:
 
 def _error(message: str, line: int | None, code: str) -> UnsupportedError:
     where = f", line {line}" if line else ""
+    message = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "..."
     return UnsupportedError(f"chat template{where}: {message}", code=code, field="chat_template")
 
 
@@ -168,10 +184,14 @@ def _too_deep() -> UnsupportedError:
     return _error(f"nested more than {_MAX_DEPTH} levels deep", None, "template_limit")
 
 
-def _check_depth(tree: nodes.Node) -> None:
+def _check_nodes(tree: nodes.Node) -> None:
+    """How deep they are nested, and that no number is one whose every use is expensive."""
     level: list[nodes.Node] = [tree]
     for _ in range(_MAX_DEPTH):
         level = [child for node in level for child in node.iter_child_nodes()]
+        for node in level:
+            if isinstance(node, nodes.Const) and isinstance(node.value, int) and abs(node.value) >= _MAX_INT:
+                raise _error("numbers too large", node.lineno, "template_limit")
         if not level:
             return
     raise _too_deep()
@@ -220,6 +240,15 @@ class _Run:
     def text(self, value: str) -> str:
         self.produce(len(value))
         return value
+
+    def search(self, text: str, wanted: str, *, from_left: bool = True) -> None:
+        """Pays for looking for ``wanted`` (a text, or a set of characters) all over ``text``.
+
+        At worst every character is compared with all of ``wanted``; from the left Python does better where both are
+        long: it then searches in linear time. Sixteen comparisons count as a character that is made.
+        """
+        compared = min(len(wanted), 100) if from_left and len(text) >= 2500 else len(wanted)
+        self.produce(len(text) * (compared + 1) // 16)
 
     def weigh(self, value: Any, *, written: bool = False, depth: int = 0) -> None:
         """Pays for looking at everything inside ``value``, or for writing it out.
@@ -433,6 +462,7 @@ class _Run:
         return self.lookup(node.name)
 
     def lookup(self, name: str) -> Any:
+        self.spend(len(self.scopes) // 16)
         for scope in reversed(self.scopes):
             if name in scope:
                 return scope[name]
@@ -549,6 +579,8 @@ class _Run:
                 raise _Failure(f"cannot look for {self.describe(left)} in {self.describe(right)}")
             if isinstance(right, dict):
                 left = self.key(left)
+            elif isinstance(right, str):
+                self.search(right, left)
             return (left in right) is (op == "in")
         try:
             return bool(_ORDER[op](left, right))
@@ -698,6 +730,10 @@ def _text_method(name: str) -> Callable[..., Any]:
 
     def call(run: _Run, value: Any, *args: Any) -> Any:
         run.produce(len(_string(value)))
+        for arg in args:
+            run.weigh(arg)
+            if name in _SEARCHES and isinstance(arg, str):
+                run.search(value, arg, from_left=_SEARCHES[name])
         return run.new(method(value, *args))
 
     return call
@@ -705,6 +741,7 @@ def _text_method(name: str) -> Callable[..., Any]:
 
 def _replace(run: _Run, value: Any, old: Any, new: Any, count: int = -1) -> str:
     value, old, new = run.to_text(value), run.to_text(old), run.to_text(new)
+    run.search(value, old)
     run.produce(value.count(old) * len(new) + len(value))
     return str(value.replace(old, new, -1 if count is None else count))
 
@@ -722,6 +759,7 @@ def _join_filter(run: _Run, value: Any, d: str = "", attribute: Any = None) -> s
 
 def _path(run: _Run, value: Any, attribute: Any) -> Any:
     """``attribute`` may be dotted, or an index."""
+    run.weigh(attribute)
     parts = attribute.split(".") if isinstance(attribute, str) else [attribute]
     run.spend(len(parts))
     for part in parts:
@@ -764,7 +802,8 @@ def _to_json_filter(run: _Run, value: Any, indent: int | None = None, **options:
     separators = options.pop("separators", None)
     if options:
         raise TypeError(f"tojson has no {', '.join(options)}")
-    return run.text(json.dumps(value, ensure_ascii=ascii_only, indent=indent, sort_keys=sort, separators=separators))
+    encoder = json.JSONEncoder(ensure_ascii=ascii_only, indent=indent, sort_keys=sort, separators=separators)
+    return "".join(map(run.text, encoder.iterencode(value)))  # piece by piece: separators may have any length
 
 
 def _indent(run: _Run, value: Any, width: Any = 4, first: bool = False, blank: bool = False) -> str:
@@ -851,6 +890,7 @@ def _split_method(name: str) -> Callable[..., Any]:
 
     def call(run: _Run, value: str, sep: Any = None, maxsplit: int = -1) -> list[str]:
         run.produce(len(value))
+        run.search(value, sep or "", from_left=_SEARCHES[name])
         run.spend(value.count(sep) if sep else len(value) // 2)
         return list(run.new(method(value, sep, maxsplit)))
 
@@ -881,12 +921,13 @@ def _range(run: _Run, *args: int) -> list[int]:
 
 
 def _namespace(run: _Run, *args: Any, **kwargs: Any) -> _Namespace:
-    initial = dict(args[0]) if args else {}
-    return _Namespace({**initial, **kwargs})
+    return _Namespace(_dict(run, *args, **kwargs))
 
 
 def _dict(run: _Run, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(run.new({**(dict(args[0]) if args else {}), **kwargs}))
+    given = args[0] if args else {}
+    run.spend(len(given))
+    return {**dict(given), **kwargs}
 
 
 def _reverse(run: _Run, value: Any) -> Any:
@@ -894,7 +935,9 @@ def _reverse(run: _Run, value: Any) -> Any:
 
 
 def _trim(run: _Run, value: Any, chars: Any = None) -> str:
-    return run.to_text(value).strip(chars)
+    value = run.to_text(value)
+    run.search(value, chars or "", from_left=False)
+    return str(value.strip(chars))
 
 
 def _on_text(name: str) -> Callable[..., Any]:
@@ -922,6 +965,11 @@ _GLOBALS: Mapping[str, Callable[..., Any]] = {
     "dict": _dict,
 }
 
+# Methods that look for their argument (or each character of it) everywhere, and whether from the left.
+_SEARCHES: Mapping[str, bool] = {
+    **dict.fromkeys(("find", "index", "count", "partition", "split"), True),
+    **dict.fromkeys(("rfind", "rpartition", "rsplit", "strip", "lstrip", "rstrip"), False),
+}
 _TEXT_METHODS = (
     *("strip", "lstrip", "rstrip", "startswith", "endswith", "upper", "lower", "title", "capitalize", "swapcase"),
     *("find", "rfind", "index", "count", "isdigit", "isalpha", "isalnum", "isspace", "isupper", "islower"),
@@ -1008,8 +1056,8 @@ _TESTS: Mapping[str, Callable[..., Any]] = {
     "even": lambda run, value: run.number(value) % 2 == 0,
     "divisibleby": lambda run, value, other: run.number(value) % run.number(other) == 0,
     "sameas": _simple(operator.is_),
-    "lower": _simple(lambda value: str.islower(value)),
-    "upper": _simple(lambda value: str.isupper(value)),
+    "lower": _text_method("islower"),
+    "upper": _text_method("isupper"),
     **{name: _compare_test(op) for op, names in _COMPARISONS.items() for name in names},
 }
 _ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
