@@ -17,6 +17,9 @@ run: $(VENV)/.run  ## build, then answer with the bundled demo model
 test: $(VENV)/.test  ## the whole suite
 	PYENGINE_CHECKS_DIR=build/checks $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-offline: $(VENV)/.test  ## the whole suite in a network namespace with nothing but a loopback interface
+	PYENGINE_CHECKS_DIR=build/checks $(BIN)/python -m tests.house.offline $(PYTEST_ARGS)
+
 test-peers: $(VENV)/.test  ## compare with llama.cpp (installs llama-cpp-python)
 	$(BIN)/python -m pip install -q "llama-cpp-python>=0.3"
 	$(BIN)/python -m pytest -m peer tests/peers $(PYTEST_ARGS)

@@ -16,6 +16,7 @@ from typing import Literal
 from pyengine import synthetic
 from pyengine.errors import InvalidArgument, UnsupportedError
 from pyengine.forecast import Speed, Work, measure
+from pyengine.hub import is_name, outline
 from pyengine.memory import available_memory
 from pyengine.model import KV_TYPES, MAX_THREADS, KvType, Model, default_threads, shape_bytes
 from pyengine.recipe import find_recipe
@@ -144,7 +145,8 @@ def plan(
     """Memory (bytes) and speed (tokens a second) of a model, quantisation by context.
 
     Args:
-        model: a GGUF file, a Hugging Face ``config.json`` (or its folder), or a card of ``pyengine.shape.CARDS``.
+        model: a GGUF file, a Hugging Face ``config.json`` (or its folder), a card of ``pyengine.shape.CARDS``, or
+            ``hf:org/repo[:Q4_K_M]``, of which only the header is read (see :func:`pyengine.hub.outline`).
         quantisations: names such as ``"Q4_K_M"``; default: F16 down to Q2_K. A file's own row always comes first.
         contexts: tokens; default: 1k to 128k (k = 1024), as far as the model goes.
         kv_types: types of the cache; default: f16, and q8_0 where the model's heads allow it.
@@ -251,6 +253,9 @@ def _session_bytes(shape: Shape, context: int, threads: int, kv_type: KvType) ->
 
 def _source(model: str | os.PathLike[str]) -> tuple[Shape, _Table | None]:
     """The shape, and the table of a GGUF file."""
+    if is_name(model):
+        with outline(str(model)) as path:
+            return _source(path)
     path = Path(model)
     if path.is_dir() or path.suffix == ".json":
         return from_config(path), None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pyengine.cli.common import UsageError, check_utf8, read_utf8, say
 from pyengine.cli.console import THINK
+from pyengine.cli.models import MODEL_HELP
 from pyengine.cli.options import add_sampler_options, sampler_settings
 from pyengine.cli.sessions import check_name
 
@@ -23,12 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog=NAME,
-        usage=f"{NAME} [options] MODEL [PROMPT]   or   {NAME} [options] --demo [PROMPT]",
+        usage=f"{NAME} [options] MODEL [PROMPT]   or   {NAME} [options] --demo [PROMPT]   or   {NAME} list|show|rm",
         description="Answers a prompt with a GGUF model, or chats when there is none. "
         "The answer goes to standard output, everything else to standard error.",
         epilog="Exit codes: 0 done, 1 model or machine, 2 usage, 3 context full, 130 interrupted.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file (the first part of a split one)")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to answer; piped input is put before it")
     parser.add_argument("--demo", action="store_true", help="use the small arithmetic model that comes with pyengine")
     parser.add_argument("--version", action="version", version=f"pyengine {__version__}")

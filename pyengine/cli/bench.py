@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyengine.cli.common import EXIT_OK, Interrupt, Status, UsageError, printable, run_command, use_utf8
+from pyengine.cli.models import MODEL_HELP, model_file
 
 NAME = "pyengine-bench"
 
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "to what the machine can read and multiply.",
         epilog="Exit codes: 0 done, 1 file or machine, 2 usage, 130 interrupted.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--synthetic",
         metavar="CARD[:TYPE]",
@@ -102,7 +103,8 @@ def _raise_interrupt() -> None:
 def _model(args: argparse.Namespace, stack: ExitStack, status: Status) -> tuple[Path, str]:
     """The file to measure, a temporary one of random weights where that was asked for, and what to call it."""
     if args.synthetic is None:
-        return Path(args.model), Path(args.model).name
+        path = model_file(args.model)
+        return path, path.name
     from pyengine import synthetic
     from pyengine.shape import find_card
 

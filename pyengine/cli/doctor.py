@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 from pyengine.cli.common import EXIT_ERROR, EXIT_OK, Status, printable, run_command, use_utf8
+from pyengine.cli.models import MODEL_HELP, model_file
 
 NAME = "pyengine-doctor"
 
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         "a model's prompt begins, and says what would be slow and why.",
         epilog="Exit codes: 0 in order, 1 a check failed (or the file could not be opened), 2 usage, 130 interrupted.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file to look at, too")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"to look at, too: {MODEL_HELP}")
     parser.add_argument("--no-speed", action="store_true", help="checks alone: measure nothing (saves some seconds)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -36,9 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from pyengine.doctor import diagnose, lines, report
 
+    path = None if args.model is None else model_file(args.model)
     status = Status()
     try:
-        found = diagnose(args.model, speed=not args.no_speed, tell=status.show)
+        found = diagnose(path, speed=not args.no_speed, tell=status.show)
     finally:
         status.clear()
     if args.json:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pyengine.cli.common import EXIT_OK, Progress, UsageError, duration, in_background, run_command, say, use_utf8
 from pyengine.cli.corpus import add_corpus_options, check_corpus_options, count_of, read_text
+from pyengine.cli.models import MODEL_HELP, model_file
 
 if TYPE_CHECKING:
     from pyengine.imatrix import ImportanceMatrix
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         "text, column by column. The file is the GGUF form that llama.cpp reads, too.",
         epilog="Exit codes: 0 done, 1 model or machine, 2 usage, 130 interrupted.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a GGUF file (the first part of a split one)")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     add_corpus_options(parser)
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the file to write, for example m.gguf")
     parser.add_argument(
@@ -76,7 +77,7 @@ def _collect(args: argparse.Namespace, matrix: ImportanceMatrix, out: Path) -> s
 
     text = read_text(args.file)
     matrix.datasets.append("standard input" if args.file == "-" else args.file)
-    with Model.open(args.model, prefix_bytes=0) as model:
+    with Model.open(model_file(args.model), prefix_bytes=0) as model:
         windows = text_windows(model.tokenizer, text, matrix.chunk_size, args.chunks)
         total = matrix.chunk_count + len(windows)
         progress = Progress("window", len(windows))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pyengine.cli.common import EXIT_OK, Progress, UsageError, in_background, run_command, use_utf8
 from pyengine.cli.corpus import add_corpus_options, check_corpus_options, count_of, read_text
+from pyengine.cli.models import MODEL_HELP, model_file
 
 if TYPE_CHECKING:
     from pyengine.model import Model
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "halves of consecutive windows. With --kl-divergence also how far the model is from another one.",
         epilog="Exit codes: 0 done, 1 model or machine, 2 usage, 130 interrupted.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file (the first part of a split one)")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_corpus_options(parser)
     parser.add_argument("--save-logits", metavar="FILE", help="save the logits, for others to be compared with")
     parser.add_argument(
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         base = stack.enter_context(SavedLogits(args.kl_divergence)) if args.kl_divergence is not None else None
         if args.save_logits is not None:  # before the model is read
             check_target(Path(args.save_logits), force=args.force)
-        model = stack.enter_context(Model.open(args.model, prefix_bytes=0))
+        model = stack.enter_context(Model.open(model_file(args.model), prefix_bytes=0))
         windows = _windows(args, model, text, base)
         save: LogitsWriter | None = None
         if args.save_logits is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli.common import EXIT_OK, UsageError, printable, run_command, use_utf8
+from pyengine.cli.models import model_outline
 
 if TYPE_CHECKING:
     from pyengine.model import KvType
@@ -41,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         f"Built-in cards: {', '.join(CARDS)}.",
         epilog="Exit codes: 0 done (whatever fits or not), 1 file or machine, 2 usage, 130 interrupted.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file, a config.json or its folder, or a card")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a GGUF file, a config.json or its folder, a card, or hf:org/repo[:Q4_K_M]"
+    )
     parser.add_argument(
         "--ram", metavar="SIZE", help="for a machine of so much memory, as in 16G; default: this one, now"
     )
@@ -67,15 +70,18 @@ def run(args: argparse.Namespace) -> int:
 
         check_format(Path(args.plot))
         check_target(Path(args.plot), force=args.force)
-    result = plan(
-        args.model,
-        quantisations=_list(args.quantisations),
-        contexts=[_tokens(c) for c in _list(args.contexts) or []] or None,
-        kv_types=kv_types,
-        ram=None if args.ram is None else _bytes(args.ram),
-        threads=args.threads,
-        speed=not args.no_speed and args.ram is None,
-    )
+    contexts = [_tokens(c) for c in _list(args.contexts) or []] or None
+    ram = None if args.ram is None else _bytes(args.ram)
+    with model_outline(args.model) as model:
+        result = plan(
+            model,
+            quantisations=_list(args.quantisations),
+            contexts=contexts,
+            kv_types=kv_types,
+            ram=ram,
+            threads=args.threads,
+            speed=not args.no_speed and args.ram is None,
+        )
     if args.plot is not None:
         from pyengine.heatmap import save
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from pyengine.cli import models
 from pyengine.cli.arguments import NAME, build_parser, check, model_path, read_prompt
 from pyengine.cli.common import EXIT_CONTEXT, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_command, say, use_utf8
 from pyengine.cli.console import Console, explain_end
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     use_utf8()
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in models.COMMANDS:
+        return models.main(argv, NAME)
     args = build_parser().parse_intermixed_args(argv)  # options may stand between MODEL and PROMPT
     return run_command(NAME, lambda: run(args), debug=args.debug)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from pyengine.cli.common import Status, UsageError, duration, read_utf8, say
+from pyengine.cli.models import model_file
 from pyengine.cli.options import sampler_settings
 from pyengine.cli.sessions import NamedSession
 from pyengine.errors import EngineError, UnsupportedError
@@ -41,12 +42,12 @@ class Setup:
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
         from pyengine.reasoning import reasoning_profile
 
-        self.path = path
+        self.path = path = model_file(path)
         self.args = args
         self.no_template: EngineError | None = None
         with contextlib.ExitStack() as stack:
             self.model = stack.enter_context(_open_model(path, args))
-            draft = stack.enter_context(_load(Path(args.draft), args)) if args.draft is not None else None
+            draft = stack.enter_context(_load(model_file(args.draft), args)) if args.draft is not None else None
             self.template = self._template()
             self.profile = reasoning_profile(self.model.metadata, self.template.source if self.template else None)
             self.settings: SamplerSettings = sampler_settings(args, self.profile.sampling)

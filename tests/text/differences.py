@@ -65,18 +65,18 @@ def compare(name: str, strings: int, seed: int = 0) -> Iterator[str]:
     """Compares ``strings`` strings; yields a sentence for each that differs."""
     original, ours = pair(name)
     rng = random.Random(f"{name} {seed}")
-    markers = [*ours.special_strings, "<think", "|im_end|>", "<", ">"]
+    markers = list(ours.special_strings)
     # The character that SentencePiece writes for a space is a space to it, too.
     spaced = (lambda text: text.replace("\u2581", " ")) if ours.adds_space else str
     normalise = original.normalizer.normalize_str if name != "stories260K" else str  # its normaliser adds the space
-    for (text, marked), _ in zip(texts(rng, markers), range(strings), strict=False):
+    for (text, marked), _ in zip(texts(rng, [*markers, "<think", "|im_end|>", "<", ">"]), range(strings), strict=False):
         text = normalise(text)
         ids = ours.encode(text, add_special=False, parse_special=True)
         expected = original.encode(text, add_special_tokens=False).ids
         if ids != expected:
             yield f"{name}: {text!r}: {ids}, the original has {expected}"
-        elif not marked and ours.decode(ids) != spaced(text):
-            yield f"{name}: {text!r} comes back as {ours.decode(ids)!r}"
+        elif not marked and (back := ours.decode(ids)) != spaced(text) and not any(m in text for m in markers):
+            yield f"{name}: {text!r} comes back as {back!r}"  # text after a marker may get a space: docs/text.md
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from pyengine.cli.models import model_file
 from pyengine.errors import EngineError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         report = convert.convert(
-            args.source,
+            model_file(args.source),
             args.out,
             args.type,
             threads=args.threads or usable_cores(),
@@ -78,7 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="pyengine-convert inspect FILE.gguf prints what a file holds.",
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="SRC", help="folder with config.json, safetensors and a tokenizer; or a GGUF file")
+    add(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="folder with config.json, safetensors and a tokenizer; or a GGUF file, also by name: hf:org/repo:F16",
+    )
     add("-o", "--out", type=Path, required=True, metavar="OUT.gguf", help="the file to write")
     add("--type", default="q8_0", metavar="TYPE", help="f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q5_1 q5_0 q4_k_m q4_k_s "
         "q4_1 q4_0 iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k (default: q8_0)")  # fmt: skip
