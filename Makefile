@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 CHECKS := $(wildcard tests/*/*_check.cc) benchmarks/limits.cc
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast test-offline hostile-text tokenizers wheel wheel-check clean
+.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast test-offline hostile-text tokenizers convert-faults wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
 	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
@@ -27,6 +27,9 @@ test-peers: $(VENV)/.test  ## compare with llama.cpp (installs llama-cpp-python)
 determinism: $(VENV)/.test  ## the one-answer contract over its whole matrix, and the golden hashes on every tier (long)
 	$(BIN)/python -m tests.determinism.golden
 	$(BIN)/python -m tests.determinism.matrix
+
+convert-faults: $(VENV)/.test  ## the converter under kill -9 at 100 random moments and on 50 full disks (minutes)
+	$(BIN)/python -m tests.convert.faults
 
 AARCH64 = aarch64-linux-gnu
 determinism-aarch64: $(VENV)/.test  ## the golden hashes on an emulated aarch64 processor (ALL=1: of every format)

@@ -1,24 +1,31 @@
-"""Converts a checkpoint of an 8B model's shape: time, processor time, memory; beside llama.cpp's quantiser when asked.
+"""Converts a checkpoint of an 8B model's shape: time, processor time, memory; beside llama.cpp's two steps when asked.
 
     python benchmarks/conversion.py --types q8_0 q4_0 q4_k_m --layers 32
-    python benchmarks/conversion.py --types q4_k_m --layers 4 --peer build/bin/libllama.so
+    python benchmarks/conversion.py --layers 8 --vocab 32000 --quantize build/bin/llama-quantize \\
+        --convert venv/bin/python llama.cpp/convert_hf_to_gguf.py
 
-The checkpoint (sharded BF16, random normal weights: 16 GB at 32 layers) is made in --folder once. Memory is the peak of
-anonymous pages, sampled; the file's own mapped pages do not count. The peer quantises the BF16 GGUF that our converter
-made of the same checkpoint: the time of its own conversion is not in the figure, which favours it.
+The checkpoint (sharded BF16, random normal weights: 16 GB at 32 layers) is made in --folder. Memory is the peak of
+anonymous pages, sampled; the file's own mapped pages do not count. Their way is convert_hf_to_gguf.py to BF16, once, and
+llama-quantize of that for each type: "both" adds the two times, "ratio" is ours to that. Before each run the files that it
+reads are dropped from the cache and nothing waits to be written. Ours ends when the file is on the disk; theirs when it is
+written, and what waits for the disk then does not count.
+
+Everything is deleted at the end. --frugal deletes the checkpoint as soon as their converter has read it (32 layers: 33 GB of disk
+instead of 41), --keep leaves it for the next run.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +42,6 @@ CONFIG = {
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
-    "vocab_size": 128256,
     "hidden_act": "silu",
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -43,13 +49,13 @@ CONFIG = {
 SHARD = 4_000_000_000  # bytes
 
 
-def make_checkpoint(folder: Path, layers: int) -> None:
+def make_checkpoint(folder: Path, layers: int, vocab: int) -> None:
     from tests.convert.checkpoints import bpe_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers, "vocab_size": vocab}))
     (folder / "tokenizer.json").write_text(json.dumps(bpe_tokenizer()))
-    h, ff, kv, vocab = 4096, 14336, 1024, 128256
+    h, ff, kv = 4096, 14336, 1024
     shapes = {"model.embed_tokens.weight": (vocab, h), "lm_head.weight": (vocab, h), "model.norm.weight": (h,)}
     for i in range(layers):
         p = f"model.layers.{i}."
@@ -107,84 +113,112 @@ def anonymous(process: int) -> int:
 def timed(command: list[str]) -> tuple[float, float, int]:
     """Seconds, processor seconds, peak of anonymous bytes."""
     before, began, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0
-    with subprocess.Popen(command) as process:
-        while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
-            time.sleep(0.05)
-    if process.returncode:
-        raise SystemExit(f"{command} failed")
+    with tempfile.TemporaryFile("w+") as log:
+        with subprocess.Popen(command, stdout=log, stderr=log) as process:
+            while process.poll() is None:
+                peak = max(peak, anonymous(process.pid))
+                time.sleep(0.02)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{command} failed: {log.read()[-2000:]}")
+    seconds = time.monotonic() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.monotonic() - began, cpu, peak
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak
 
 
-PEER = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from benchmarks.conversion import quantise_there
-quantise_there(*sys.argv[1:])
-"""
+def make_cold(paths: Iterable[Path]) -> None:
+    """Nothing of the files is cached, nothing waits to be written."""
+    os.sync()
+    for path in paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-class PeerParameters(ctypes.Structure):
-    """llama_model_quantize_params of llama.h."""
-
-    _fields_ = [
-        ("nthread", ctypes.c_int32), ("ftype", ctypes.c_int), ("output_type", ctypes.c_int),
-        ("embedding_type", ctypes.c_int), ("allow_requantize", ctypes.c_bool), ("quantize_output", ctypes.c_bool),
-        ("only_copy", ctypes.c_bool), ("pure", ctypes.c_bool), ("keep_split", ctypes.c_bool),
-        ("dry_run", ctypes.c_bool), ("imatrix", ctypes.c_void_p), ("kv_overrides", ctypes.c_void_p),
-        ("tt_overrides", ctypes.c_void_p), ("prune_layers", ctypes.c_void_p), ("max_buf_size", ctypes.c_size_t),
-    ]  # fmt: skip
-
-
-def quantise_there(library: str, source: str, out: str, file_type: str, threads: str) -> None:
-    for name in ("libggml-base.so", "libggml-cpu.so", "libggml.so"):
-        ctypes.CDLL(str(Path(library).parent / name), mode=ctypes.RTLD_GLOBAL)
-    llama = ctypes.CDLL(library)
-    quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-    llama.llama_log_set(quiet, None)
-    llama.llama_backend_init()
-    llama.llama_model_quantize_default_params.restype = PeerParameters
-    parameters = llama.llama_model_quantize_default_params()
-    parameters.ftype, parameters.nthread = int(file_type), int(threads)
-    if llama.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(parameters)):
-        raise SystemExit("the peer's quantiser failed")
+def checkpoint_bytes(layers: int, vocab: int) -> int:
+    return 2 * (layers * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336) + 2 * vocab * 4096)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["q8_0", "q4_0", "q4_k_m"])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--peer", metavar="LIBLLAMA.SO", help="time llama.cpp's quantiser, too")
+    parser.add_argument("--convert", nargs=2, metavar=("PYTHON", "SCRIPT"), help="their convert_hf_to_gguf.py")
+    parser.add_argument("--quantize", metavar="PROGRAM", help="their llama-quantize")
+    parser.add_argument("--frugal", action="store_true")
+    parser.add_argument("--keep", action="store_true")
     args = parser.parse_args()
-    source = args.folder / f"checkpoint-8b-{args.layers}"
-    if not (source / "model.safetensors.index.json").exists():
-        print(f"making {source}", file=sys.stderr)
-        make_checkpoint(source, args.layers)
-    out = args.folder / "conversion-out.gguf"
-    convert = [sys.executable, "-m", "pyengine_convert.cli", "--threads", str(args.threads), "--force", "-o"]
-    plain = args.folder / "conversion-bf16.gguf"
-    if args.peer:
-        subprocess.run([*convert, str(plain), str(source), "--type", "bf16"], check=True)
-    from pyengine_convert.recipe import find_recipe
-
-    print("| type | seconds | processor seconds | peak anonymous MiB | llama.cpp, seconds | processor seconds |")
-    print("|---|---|---|---|---|---|")
-    for kind in args.types:
-        wall, cpu, peak = timed([*convert, str(out), str(source), "--type", kind])
-        row = f"| {kind} | {wall:.1f} | {cpu:.1f} | {peak / 2**20:.0f} |"
-        if args.peer:
-            number = str(find_recipe(kind).file_type)
-            command = [sys.executable, "-c", PEER, args.peer, str(plain), str(out), number, str(args.threads)]
-            wall, cpu, _ = timed(command)
-            row += f" {wall:.1f} | {cpu:.1f} |"
+    source = args.folder / f"checkpoint-8b-{args.layers}-{args.vocab}"
+    out, plain = args.folder / "conversion-out.gguf", args.folder / "conversion-bf16.gguf"
+    size = checkpoint_bytes(args.layers, args.vocab)
+    made = (source / "model.safetensors.index.json").exists()
+    peak = size * (0.55 if not args.quantize else 1 if args.frugal else 1.55) + (0 if made else size)
+    if (free := shutil.disk_usage(args.folder).free) < peak + 1e9:
+        raise SystemExit(f"{args.folder} has {free / 1e9:.1f} GB free; this run needs {peak / 1e9 + 1:.1f} GB")
+    try:
+        if not made:
+            print(f"making {source}", file=sys.stderr)
+            make_checkpoint(source, args.layers, args.vocab)
+        ours = {kind: ours_of(kind, source, out, args.threads) for kind in args.types}
+        theirs = theirs_of(source, plain, out, args) if args.quantize else {}
+    finally:
+        for path in (out, plain):
+            path.unlink(missing_ok=True)
+        if not args.keep:
+            shutil.rmtree(source, ignore_errors=True)
+    print("| type | seconds | processor seconds | peak anonymous MiB", end="")
+    print(" | theirs: converter | quantiser | its processor seconds | both | ratio |" if theirs else " |")
+    print("|---|---|---|---" + ("|---|---|---|---|---|" if theirs else "|"))
+    for kind, (wall, cpu, memory) in ours.items():
+        row = f"| {kind} | {wall:.1f} | {cpu:.1f} | {memory / 2**20:.0f} |"
+        if theirs:
+            first, (second, their_cpu, _) = theirs[""][0], theirs[kind]
+            row += f" {first:.1f} | {second:.1f} | {their_cpu:.1f} | {first + second:.1f} | {wall / (first + second):.2f} |"
         print(row, flush=True)
-        out.unlink(missing_ok=True)
-    plain.unlink(missing_ok=True)
 
+
+def ours_of(kind: str, source: Path, out: Path, threads: int) -> tuple[float, float, int]:
+    command = [sys.executable, "-m", "pyengine_convert.cli", str(source), "--type", kind, "--threads", str(threads)]
+    make_cold(source.iterdir())
+    times = timed([*command, "-o", str(out)])
+    out.unlink()
+    return times
+
+
+def theirs_of(source: Path, plain: Path, out: Path, args: argparse.Namespace) -> dict[str, tuple[float, float, int]]:
+    """Of their converter under "", of their quantiser under each type."""
+    times = {}
+    if args.convert:
+        # Their converter knows tokenizers by the hashes of published ones: the vocabulary of random weights is none of them.
+        # Only the tokenizer is left out of what it does.
+        make_cold(source.iterdir())
+        times[""] = timed([args.convert[0], "-c", THEIR_CONVERTER, args.convert[1], str(source), str(plain)])
+    else:
+        subprocess.run(
+            [sys.executable, "-m", "pyengine_convert.cli", str(source), "-o", str(plain), "--type", "bf16"], check=True
+        )
+        times[""] = (0.0, 0.0, 0)
+    if args.frugal:
+        shutil.rmtree(source)
+    for kind in args.types:
+        make_cold([plain])
+        times[kind] = timed([args.quantize, str(plain), str(out), kind.upper(), str(args.threads)])
+        out.unlink()
+    return times
+
+
+THEIR_CONVERTER = """
+import runpy, sys
+from pathlib import Path
+script, source, out = sys.argv[1:]
+sys.path.insert(0, str(Path(script).parent))
+from conversion.llama import LlamaModel
+LlamaModel.set_vocab = lambda self: self._set_vocab_none()
+sys.argv = [script, source, "--outfile", out, "--outtype", "bf16"]
+runpy.run_path(script, run_name="__main__")
+"""
 
 if __name__ == "__main__":
     main()

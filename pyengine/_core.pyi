@@ -17,6 +17,15 @@ def quantise(
     threads: int,
     importance: npt.NDArray[np.float32] | None,
 ) -> npt.NDArray[np.uint8]: ...
+def convert(
+    src_type: int,
+    src: npt.NDArray[np.uint8],
+    type: int,
+    rows: int,
+    cols: int,
+    row_bytes: int,
+    importance: npt.NDArray[np.float32] | None,
+) -> tuple[npt.NDArray[np.uint8], float, float]: ...
 def linear(
     tier: str, type: int, w: npt.NDArray[np.uint8], rows: int, cols: int, x: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]: ...

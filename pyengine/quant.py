@@ -73,6 +73,30 @@ def quantise(
     return _core.quantise(fmt.type, values, fmt.row_bytes(values.shape[1]), threads, weights)
 
 
+def convert(
+    source: str,
+    data: npt.NDArray[np.uint8],
+    type_name: str,
+    rows: int,
+    cols: int,
+    importance: npt.ArrayLike | None = None,
+) -> tuple[npt.NDArray[np.uint8], float, float]:
+    """Packed rows in one format -> (packed uint8 [rows, row_bytes] in another, squared error, squares of the weights).
+
+    As :func:`quantise` of :func:`dequantise`, on one thread; the sums are over all weights. ``importance``: as there.
+
+    Errors: ``InvalidArgument``, for NaN and infinity naming the place.
+    """
+    fmt = find(type_name)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    if weights is not None and weights.shape != (cols,):
+        raise InvalidArgument(
+            f"importance has shape {weights.shape}; expected one value for each of {cols} columns", code="bad_shape"
+        )
+    packed = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+    return _core.convert(find(source).type, packed, fmt.type, rows, cols, fmt.row_bytes(cols), weights)
+
+
 def linear(
     tier: str, type_name: str, weights: npt.NDArray[np.uint8] | bytes, rows: int, cols: int, x: npt.ArrayLike
 ) -> npt.NDArray[np.float32]:

@@ -147,6 +147,12 @@ pe_status pe_dequantise_rows(int32_t type, const void* src, size_t src_size, siz
 pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, size_t rows, size_t cols,
                            const float* importance, void* dst, size_t dst_size, uint32_t n_threads);
 
+/* From one format to another: as pe_dequantise_rows of `src` and pe_quantise_rows of that, without the float32 matrix between
+ * them. `lost` is NULL or [2] and receives sums over all values: of the squared errors of what `dst` holds, and of the squares
+ * of the values. PE_E_ARGUMENT, PE_E_UNSUPPORTED. */
+pe_status pe_convert_rows(int32_t src_type, const void* src, size_t src_size, int32_t type, size_t rows, size_t cols,
+                          const float* importance, void* dst, size_t dst_size, double* lost, uint32_t n_threads);
+
 /* y [n_tokens][rows] = x [n_tokens][cols] * W^T with one tier's kernels: the engine's own linear operation, for tests
  * and benchmarks. W is rows x cols in format `type`. PE_E_ARGUMENT, PE_E_UNSUPPORTED, PE_E_CPU, PE_E_MEMORY. */
 pe_status pe_linear(const char* tier, int32_t type, const void* w, size_t w_size, size_t rows, size_t cols,

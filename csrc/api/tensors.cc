@@ -86,6 +86,71 @@ Tier tier_of(const char* name) {
   throw Error(Status::kArgument, "unknown_tier", "unknown instruction-set tier \"" + printable(name) + "\"", "tier");
 }
 
+// pe_convert_rows, row by row: a row and what is read back of it stay in the cache.
+void convert_rows(Format from, const void* src, size_t src_size, int32_t type, size_t rows, size_t cols,
+                  const float* importance, void* dst, size_t dst_size, double* lost, uint32_t n_threads) {
+  const FpEnv fp_env;
+  Tier tier;
+  const Format format = format_of(type);
+  if (!can_quantise(format))
+    throw Error(Status::kUnsupported, "read_only_format",
+                std::string(format_info(format).name) + " can be read, but not written");
+  const auto* in = static_cast<const uint8_t*>(src);
+  auto* out = static_cast<uint8_t*>(dst);
+  not_null(in, "src");
+  not_null(out, "dst");
+  if (n_threads > kMaxQuantiseThreads) bad_argument("n_threads", "is more than 512");
+  const size_t in_stride = row_bytes_of(from, rows, cols, src_size, 0, false);
+  const size_t out_stride = row_bytes_of(format, rows, cols, dst_size, 0, false);
+  const KernelTable& kernels = active_kernels(&tier);
+  const DequantiseFn widen = kernels.dequantise[static_cast<int>(from)];
+  const DequantiseFn read_back = kernels.dequantise[static_cast<int>(format)];
+  const QuantiseFn quantise_row = kernels.quantise[static_cast<int>(format)];
+  const bool in_place = from == Format::F32 && reinterpret_cast<uintptr_t>(in) % alignof(float) == 0;
+  const std::vector<float> weights = relative_importance(importance, cols);
+  const float* row_weights = weights.empty() ? nullptr : weights.data();
+  const size_t n_team = std::clamp<size_t>(n_threads, 1, rows);
+  const size_t work =
+      (in_place ? 0 : cols) + (lost != nullptr ? cols : 0);  // floats of a thread: a row, what is read back
+  uint64_t all_work = 0;
+  if (!checked_mul(work, n_team, &all_work)) bad_argument("cols", "is too large");
+  std::vector<float> buffers(all_work);
+  std::vector<float> sums(lost != nullptr ? 2 * rows : 0);  // of each row: error, energy
+  std::atomic<uint64_t> bad{UINT64_MAX};                    // the first value that cannot be stored
+  const auto convert = [&](Team& team) {
+    float* own = buffers.data() + team.index() * work;
+    float* restored = in_place ? own : own + cols;
+    team.for_each(rows, kQuantiseRows, [&](size_t begin, size_t end) {
+      for (size_t r = begin; r < end; ++r) {
+        const float* x = reinterpret_cast<const float*>(in + r * in_stride);
+        if (!in_place) {
+          widen(in + r * in_stride, cols, own);
+          x = own;
+        }
+        const size_t ok = quantise_row(x, row_weights, cols, out + r * out_stride);
+        uint64_t seen = bad.load();
+        while (ok != cols && r * cols + ok < seen && !bad.compare_exchange_weak(seen, r * cols + ok)) {
+        }
+        if (lost == nullptr || ok != cols) continue;
+        read_back(out + r * out_stride, cols, restored);
+        kernels.loss(x, restored, cols, &sums[2 * r], &sums[2 * r + 1]);
+      }
+    });
+  };
+  ThreadPool(static_cast<int>(n_team)).run(static_cast<int>(n_team), convert);
+  if (bad.load() != UINT64_MAX)
+    throw Error(Status::kArgument, "not_storable",
+                "the value in row " + std::to_string(bad.load() / cols) + ", column " +
+                    std::to_string(bad.load() % cols) + " is NaN, infinite or too large for " +
+                    format_info(format).name);
+  if (lost == nullptr) return;
+  lost[0] = lost[1] = 0;
+  for (size_t r = 0; r < rows; ++r) {
+    lost[0] += static_cast<double>(sums[2 * r]);
+    lost[1] += static_cast<double>(sums[2 * r + 1]);
+  }
+}
+
 }  // namespace
 
 const char* pe_version(void) { return PE_VERSION; }
@@ -129,37 +194,16 @@ pe_status pe_dequantise_rows(int32_t type, const void* src, size_t src_size, siz
 pe_status pe_quantise_rows(int32_t type, const float* src, size_t src_count, size_t rows, size_t cols,
                            const float* importance, void* dst, size_t dst_size, uint32_t n_threads) {
   return guarded([&] {
-    Tier tier;
-    const Format format = format_of(type);
-    if (!can_quantise(format))
-      throw Error(Status::kUnsupported, "read_only_format",
-                  std::string(format_info(format).name) + " can be read, but not written");
-    auto* out = static_cast<uint8_t*>(dst);
-    not_null(src, "src");
-    not_null(out, "dst");
-    if (n_threads > kMaxQuantiseThreads) bad_argument("n_threads", "is more than 512");
-    const size_t stride = row_bytes_of(format, rows, cols, dst_size, src_count, true);
-    const QuantiseFn quantise_row = active_kernels(&tier).quantise[static_cast<int>(format)];
-    const std::vector<float> weights = relative_importance(importance, cols);
-    const float* row_weights = weights.empty() ? nullptr : weights.data();
-    const size_t n_team = std::clamp<size_t>(n_threads, 1, rows);
-    std::atomic<uint64_t> bad{UINT64_MAX};  // the first value that cannot be stored
-    const auto quantise = [&](Team& team) {
-      team.for_each(rows, kQuantiseRows, [&](size_t begin, size_t end) {
-        for (size_t r = begin; r < end; ++r) {
-          const size_t ok = quantise_row(src + r * cols, row_weights, cols, out + r * stride);
-          uint64_t seen = bad.load();
-          while (ok != cols && r * cols + ok < seen && !bad.compare_exchange_weak(seen, r * cols + ok)) {
-          }
-        }
-      });
-    };
-    ThreadPool(static_cast<int>(n_team)).run(static_cast<int>(n_team), quantise);
-    if (bad.load() != UINT64_MAX)
-      throw Error(Status::kArgument, "not_storable",
-                  "the value in row " + std::to_string(bad.load() / cols) + ", column " +
-                      std::to_string(bad.load() % cols) + " is NaN, infinite or too large for " +
-                      format_info(format).name);
+    uint64_t size = 0;
+    if (!checked_mul(src_count, sizeof(float), &size)) bad_argument("src_count", "is too large");
+    convert_rows(Format::F32, src, size, type, rows, cols, importance, dst, dst_size, nullptr, n_threads);
+  });
+}
+
+pe_status pe_convert_rows(int32_t src_type, const void* src, size_t src_size, int32_t type, size_t rows, size_t cols,
+                          const float* importance, void* dst, size_t dst_size, double* lost, uint32_t n_threads) {
+  return guarded([&] {
+    convert_rows(format_of(src_type), src, src_size, type, rows, cols, importance, dst, dst_size, lost, n_threads);
   });
 }
 

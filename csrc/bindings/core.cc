@@ -520,6 +520,24 @@ Bytes quantise(int type, const FloatArray& src, size_t row_bytes, uint32_t threa
   return out;
 }
 
+// (packed, squared error, energy)
+py::tuple convert(int src_type, const Bytes& src, int type, size_t rows, size_t cols, size_t row_bytes,
+                  const std::optional<FloatArray>& importance) {
+  if (importance && static_cast<size_t>(importance->size()) != cols) throw py::value_error("importance");
+  const float* weights = importance ? importance->data() : nullptr;
+  Bytes out({rows, row_bytes});
+  uint8_t* dst = out.mutable_data();
+  double lost[2];
+  pe_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = pe_convert_rows(src_type, src.data(), static_cast<size_t>(src.size()), type, rows, cols, weights, dst,
+                             rows * row_bytes, lost, 1);
+  }
+  check(status);
+  return py::make_tuple(out, lost[0], lost[1]);
+}
+
 FloatArray linear(const std::string& tier, int type, const Bytes& w, size_t rows, size_t cols, const FloatArray& x) {
   const auto tokens = static_cast<size_t>(x.shape(0));
   FloatArray out({tokens, rows});
@@ -607,6 +625,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("tier_active", &tier_active);
   m.def("formats", &formats);
   m.def("dequantise", &dequantise, py::arg("type"), py::arg("src"), py::arg("rows"), py::arg("cols"));
+  m.def("convert", &convert, py::arg("src_type"), py::arg("src"), py::arg("type"), py::arg("rows"), py::arg("cols"),
+        py::arg("row_bytes"), py::arg("importance") = py::none());
   m.def("quantise", &quantise, py::arg("type"), py::arg("src"), py::arg("row_bytes"), py::arg("threads"),
         py::arg("importance"));
   m.def("linear", &linear, py::arg("tier"), py::arg("type"), py::arg("w"), py::arg("rows"), py::arg("cols"),

@@ -35,6 +35,7 @@ struct Tables {
       avx2_ops(&kernels);
       avx2_attention(&kernels);
       avx2_quantise(&kernels);
+      avx2_dequantise(&kernels);
       set(Tier::kAvx2, kernels);
     }
 #endif
@@ -44,6 +45,7 @@ struct Tables {
       avx512_linear_q256(&kernels);
       avx512_attention(&kernels);
       avx512_quantise(&kernels);
+      avx512_dequantise(&kernels);
       set(Tier::kAvx512, kernels);
     }
 #endif

@@ -33,6 +33,8 @@ constexpr int kWidth = 1;
 #endif
 #if defined(__GNUC__)
 typedef float Lanes __attribute__((vector_size(4 * kWidth)));
+typedef int32_t WholeLanes __attribute__((vector_size(4 * kWidth)));
+typedef uint8_t CodeLanes __attribute__((vector_size(kWidth)));
 #else
 typedef float Lanes;
 #endif
@@ -53,6 +55,15 @@ inline Lanes most(Lanes a, Lanes b) { return choose(a > b, a, b); }
 inline Lanes magnitude(Lanes a) { return most(a, -a); }
 // Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
 inline Lanes round_even(Lanes x) { return (x + 12582912.0f) - 12582912.0f; }
+// Whole numbers 0 .. 255, fractions cut off, as bytes.
+inline void store_codes(uint8_t* p, Lanes x) {
+#if defined(__GNUC__)
+  const CodeLanes code = __builtin_convertvector(__builtin_convertvector(x, WholeLanes), CodeLanes);
+  memcpy(p, &code, sizeof code);
+#else
+  *p = static_cast<uint8_t>(x);
+#endif
+}
 // a / b where b is not too small to divide by, else 0.
 constexpr float kTiny = 1e-30f, kHuge = 3e38f;
 inline Lanes ratio(Lanes a, Lanes b) { return choose(magnitude(b) > kTiny, a / b, Lanes{}); }

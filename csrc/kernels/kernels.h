@@ -176,6 +176,9 @@ using AttnMergeFn = void (*)(float* m, float* sum, float* acc, float m2, float s
 // y[d] = acc[d] * (1 / sum)
 using AttnFinishFn = void (*)(const float* acc, float sum, size_t dim, float* y);
 
+// Squares over n values in float32, in 16 lanes by index mod 16 and then halves: of what is lost, x - y, and of x itself.
+using LossFn = void (*)(const float* x, const float* y, size_t n, float* error, float* energy);
+
 // 1 when all n values are finite.
 using AllFiniteFn = int (*)(const float* x, size_t n);
 
@@ -185,6 +188,7 @@ struct KernelTable {
       linear_rows;  // of a matrix, that a call with many tokens wants: so often an activation is used once it is in the cache
   DequantiseFn dequantise[kFormats];
   QuantiseFn quantise[kFormats];  // NULL where can_quantise says no
+  LossFn loss;
   QuantiseActFn quantise_act[kActs];
   RmsNormFn rms_norm;
   RopeFn rope;

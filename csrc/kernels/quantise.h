@@ -25,41 +25,66 @@ inline float inverse(float d) {
   return is_finite(inv) ? inv : 0;
 }
 
-// The first of the weights with the largest magnitude.
-inline float extreme(const float* x, int n) {
-  float best = x[0];
-  for (int k = 1; k < n; ++k) {
-    if (fabsf(x[k]) > fabsf(best)) best = x[k];
+// The first of 32 weights that is +0 or -0.
+inline float first_zero(const float* x) {
+  for (int k = 0; k < 32; ++k) {
+    if (x[k] == 0) return x[k];
   }
-  return best;
+  return 0;
+}
+
+// The smallest and the largest of 32 weights, the first of equal ones.
+inline void range_of(const float* x, float* low, float* high) {
+  Lanes least_of = load(x), most_of = least_of;
+  for (int k = kWidth; k < 32; k += kWidth) {
+    const Lanes v = load(x + k);
+    least_of = least(least_of, v);
+    most_of = most(most_of, v);
+  }
+  alignas(64) float a[kWidth], b[kWidth];
+  store(a, least_of);
+  store(b, most_of);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      a[i] = a[i + half] < a[i] ? a[i + half] : a[i];
+      b[i] = b[i + half] > b[i] ? b[i + half] : b[i];
+    }
+  }
+  *low = a[0] == 0 ? first_zero(x) : a[0];
+  *high = b[0] == 0 ? first_zero(x) : b[0];
+}
+
+// The first of 32 weights with the largest magnitude.
+inline float extreme(const float* x) {
+  float low, high;
+  range_of(x, &low, &high);
+  if (low + high != 0) return low + high > 0 ? high : low;
+  for (int k = 0; k < 32; ++k) {
+    if (x[k] == low || x[k] == high) return x[k];
+  }
+  return 0;
 }
 
 // Codes 0 .. 2 half - 1 around half: x = d (u - half).
 inline bool codes_around(const float* x, int half, uint16_t* d, uint8_t code[32]) {
-  const float scale = extreme(x, 32) / static_cast<float>(-half);
+  const float scale = extreme(x) / static_cast<float>(-half);
   const float inv = inverse(scale);
-  for (int k = 0; k < 32; ++k) {
-    const int u = static_cast<int>(x[k] * inv + (static_cast<float>(half) + 0.5f));
-    code[k] = static_cast<uint8_t>(u < 2 * half ? u : 2 * half - 1);
-  }
+  const Lanes top = all(static_cast<float>(2 * half - 1));
+  for (int k = 0; k < 32; k += kWidth)  // at least 0.49: no weight is larger than the extreme one
+    store_codes(code + k, least(load(x + k) * inv + (static_cast<float>(half) + 0.5f), top));
   *d = f32_to_f16(scale);
   return fits_f16(*d);
 }
 
 // Codes 0 .. top above the minimum: x = d u + m.
 inline bool codes_above(const float* x, int top, uint16_t* d, uint16_t* m, uint8_t code[32]) {
-  float low = x[0], high = x[0];
-  for (int k = 1; k < 32; ++k) {
-    low = x[k] < low ? x[k] : low;
-    high = x[k] > high ? x[k] : high;
-  }
+  float low, high;
+  range_of(x, &low, &high);
   const float scale = (high - low) / static_cast<float>(top);
   if (!is_finite(scale)) return false;
   const float inv = inverse(scale);
-  for (int k = 0; k < 32; ++k) {
-    const int u = static_cast<int>((x[k] - low) * inv + 0.5f);
-    code[k] = static_cast<uint8_t>(u < top ? u : top);
-  }
+  for (int k = 0; k < 32; k += kWidth)
+    store_codes(code + k, least((load(x + k) - low) * inv + 0.5f, all(static_cast<float>(top))));
   *d = f32_to_f16(scale);
   *m = f32_to_f16(low);
   return fits_f16(*d) && fits_f16(*m);
@@ -69,9 +94,13 @@ inline void pack_nibbles(const uint8_t code[32], uint8_t qs[16]) {
   for (int k = 0; k < 16; ++k) qs[k] = static_cast<uint8_t>((code[k] & 15) | (code[k + 16] & 15) << 4);
 }
 
+// Bit 4 of each code. Of eight bytes of 0 or 1 the product has the sum of byte k shifted by k as its highest byte.
 inline void pack_fifth_bits(const uint8_t code[32], uint8_t qh[4]) {
-  memset(qh, 0, 4);
-  for (int k = 0; k < 32; ++k) qh[k / 8] = static_cast<uint8_t>(qh[k / 8] | (code[k] >> 4) << (k % 8));
+  for (int i = 0; i < 4; ++i) {
+    uint64_t bits = 0;
+    for (int k = 0; k < 8; ++k) bits |= static_cast<uint64_t>(code[8 * i + k] >> 4 & 1) << (8 * k);
+    qh[i] = static_cast<uint8_t>(bits * 0x0102040810204080u >> 56 & 0xff);
+  }
 }
 
 inline bool plain(const float* x, BlockQ4_0* b) {
@@ -449,7 +478,40 @@ size_t quantise(const float* x, const float* importance, size_t n, void* dst) {
   return 0;
 }
 
+inline void loss(const float* x, const float* y, size_t n, float* error, float* energy) {
+  constexpr int kParts = kSubs / kWidth;
+  Lanes lost[kParts] = {}, all_of[kParts] = {};
+  size_t k = 0;
+  for (; k + kSubs <= n; k += kSubs) {
+    for (int i = 0; i < kParts; ++i) {
+      const Lanes a = load(x + k + static_cast<size_t>(i) * kWidth),
+                  r = a - load(y + k + static_cast<size_t>(i) * kWidth);
+      lost[i] += r * r;
+      all_of[i] += a * a;
+    }
+  }
+  alignas(64) float e[kSubs], g[kSubs];
+  for (int i = 0; i < kParts; ++i) {
+    store(e + i * kWidth, lost[i]);
+    store(g + i * kWidth, all_of[i]);
+  }
+  for (int i = 0; k < n; ++k, ++i) {
+    const float r = x[k] - y[k];
+    e[i] += r * r;
+    g[i] += x[k] * x[k];
+  }
+  for (int half = kSubs / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      e[i] += e[i + half];
+      g[i] += g[i + half];
+    }
+  }
+  *error = e[0];
+  *energy = g[0];
+}
+
 inline void set_quantisers(KernelTable* table) {
+  table->loss = loss;
 #define PE_FORMAT(name, id, block, bytes, act) \
   table->quantise[static_cast<int>(Format::name)] = can_quantise(Format::name) ? quantise<Format::name> : nullptr;
 #include "quant/formats.def"

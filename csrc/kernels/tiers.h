@@ -22,10 +22,12 @@ void avx2_linear_iq(KernelTable* table);     // IQ1_S .. IQ3_S, TQ1_0, TQ2_0
 void avx2_ops(KernelTable* table);
 void avx2_attention(KernelTable* table);
 void avx2_quantise(KernelTable* table);
+void avx2_dequantise(KernelTable* table);
 
 void avx512_linear_q32(KernelTable* table);   // Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL
 void avx512_linear_q256(KernelTable* table);  // Q2_K .. Q6_K, IQ4_XS
 void avx512_attention(KernelTable* table);
 void avx512_quantise(KernelTable* table);
+void avx512_dequantise(KernelTable* table);
 
 }  // namespace pe

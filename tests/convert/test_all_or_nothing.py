@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pyengine_convert import writer
 from pyengine_convert.checkpoint import SourceTensor, open_checkpoint
 from pyengine_convert.cli import main
 from pyengine_convert.convert import convert, make_plan
-from tests.convert.checkpoints import config, save, weights
+from tests.convert.checkpoints import config, save, weights, write_json
 from tests.support import DATA, needs_data
 
 pytestmark = needs_data
@@ -66,14 +66,14 @@ def test_a_failure_while_writing_leaves_nothing(source: Path, out: Path, error: 
 
 
 def test_a_failure_while_reading_leaves_nothing(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = SourceTensor.read_rows
+    read = SourceTensor.read
 
     def fail(self: SourceTensor, start: int, count: int) -> Any:
         if self.name.startswith("model.layers.1."):
             raise FormatError("injected")
         return read(self, start, count)
 
-    monkeypatch.setattr(SourceTensor, "read_rows", fail)
+    monkeypatch.setattr(SourceTensor, "read", fail)
     with pytest.raises(FormatError, match="injected"):
         convert(source, out, "q8_0", threads=3)
     assert names(out.parent) == []
@@ -342,6 +342,81 @@ def test_what_is_no_safetensors_file_is_named(source: Path, content: bytes, word
     (source / "model.safetensors").write_bytes(content)
     with pytest.raises(FormatError, match=words):
         open_checkpoint(source)
+
+
+def bomb(header: bytes, size: int | None = None) -> Callable[[Path], None]:
+    """A file that declares this header; ``size``: of the (sparse) file."""
+
+    def make(source: Path) -> None:
+        path = source / "model.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        if size is not None:
+            path.write_bytes(size.to_bytes(8, "little"))
+            os.truncate(path, 8 + size)
+
+    return make
+
+
+def indexed(shard: str) -> Callable[[Path], None]:
+    def make(source: Path) -> None:
+        save_file(weights(config()), source.parent / "outside.safetensors")
+        index = {"weight_map": dict.fromkeys(weights(config()), shard)}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return make
+
+
+def only(name: str) -> Callable[[Path], None]:
+    return lambda source: (source / "model.safetensors").rename(source / name) and None
+
+
+def configured(arch: str = "LlamaForCausalLM", **changes: Any) -> Callable[[Path], None]:
+    return lambda source: write_json(source / "config.json", config(arch, **changes))
+
+
+def cut(source: Path) -> None:
+    path = source / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (indexed("../outside.safetensors"), "expected a file in the same folder"),
+        (indexed("/etc/passwd"), "expected a file in the same folder"),
+        (indexed(".."), "expected a file in the same folder"),
+        (indexed("gone.safetensors"), "gone.safetensors, which is missing: download it again"),
+        (indexed("config.json"), "no safetensors file"),
+        (lambda source: rewrite(source / "model.safetensors", lambda h: h[NORM].update(dtype="I32")), "I32"),
+        (cut, "ends 1000 bytes early: download it again"),
+        (bomb(b"{}", size=(16 << 20) + 1), "header of 16777217 bytes"),
+        (bomb(b"{}", size=1 << 40), "header of 1099511627776 bytes"),
+        (bomb(b"[" * 100_000), "not valid JSON"),
+        (bomb(b'{"a":' * 100_000), "not valid JSON"),
+        (bomb(b'{"a": {"dtype": "F32", "shape": [' + b"1," * 100_000 + b'1], "data_offsets": [0, 4]}}'), "damaged"),
+        (
+            bomb(b'{"a": {"dtype": "F32", "shape": [1' + b"0" * 5000 + b'], "data_offsets": [0, 4]}}'),
+            "model.safetensors",
+        ),
+        (only("pytorch_model.bin"), "Pickled weights (.bin, .pt, .pth) are not read: they can run code"),
+        (only("consolidated.00.pth"), "found consolidated.00.pth. Pickled weights"),
+        (configured(hidden_size=96), "expected [300, 96] (vocab, embd)"),
+        (configured(num_hidden_layers=3), "has no model.layers.2."),
+        (configured(num_hidden_layers=1), "model.layers.1."),
+        (configured(vocab_size=299), "[300, 64]; expected [299, 64]"),
+        (configured("MambaForCausalLM"), "the architecture is MambaForCausalLM; known are LlamaForCausalLM"),
+    ],
+)
+def test_a_malformed_checkpoint_is_one_clear_error_and_nothing_is_written(
+    source: Path, out: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], words: str
+) -> None:
+    make(source)
+    assert main([str(source), "-o", str(out), "--type", "q8_0"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("pyengine-convert: error: ")
+    assert printed.count("\n") == 1
+    assert words in printed
+    assert names(out.parent) == []
 
 
 def test_a_shrinking_checkpoint_is_an_error(source: Path, out: Path) -> None:

@@ -120,6 +120,15 @@ def test_rope_is_read_from_both_spellings(kind_key: str) -> None:
     assert keys_of(old)["llama.rope.freq_base"] == 5e5
 
 
+@needs_data
+def test_dynamic_scaling_leaves_no_trace_within_the_context_and_is_noted(tmp_path: Path) -> None:
+    """transformers: "If seq_len <= max_position_embeddings, this factor has no effect"."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    assert keys_of(config(rope_scaling=scaling)) == keys_of(config())
+    report = convert(save(tmp_path / "m", config(rope_scaling=scaling)), tmp_path / "m.gguf", "f16")
+    assert any("beyond the context of 128 tokens" in note for note in report.notes)
+
+
 def test_yarn_betas_are_kept() -> None:
     scaling = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 16, "beta_slow": 2}
     keys = keys_of(config(rope_scaling=scaling))
@@ -148,7 +157,7 @@ def test_head_dim_is_written_when_it_is_explicit_or_not_the_quotient() -> None:
         ({"tie_word_embeddings": 1}, ["tie_word_embeddings", "true or false"]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["already quantised", "gptq"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["already quantised", "fp8"]),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "yarn"]),
+        ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, ["su", "yarn"]),
         ({"rope_scaling": {"rope_type": "longrope"}}, ["longrope", "llama3"]),
         ({"rope_scaling": {"rope_type": "yarn"}}, ["factor", "missing"]),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ["sliding", "4096"]),
@@ -237,6 +246,72 @@ def test_generation_defaults_and_licence_are_kept(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
     convert(folder, tmp_path / "greedy.gguf", "f16")
     assert not any(key.startswith("general.sampling") for key in Readback(tmp_path / "greedy.gguf").metadata)
+
+
+CARD = """---
+license: other
+license_name: llama3.1
+license_link: LICENSE
+base_model:
+- meta-llama/Llama-3.1-8B
+- plain
+tags: [chat, "a: b", chat]
+pipeline_tag: text-generation
+language:
+- en
+- no
+datasets: org/stories
+---
+# Model
+license: not here
+"""
+
+
+@needs_data
+def test_the_front_matter_of_the_card_becomes_keys(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", config())
+    (folder / "README.md").write_text(CARD)
+    convert(folder, tmp_path / "m.gguf", "f16")
+    found = Readback(tmp_path / "m.gguf").metadata
+    expected = {
+        "general.license": "other",
+        "general.license.name": "llama3.1",
+        "general.license.link": "LICENSE",
+        "general.base_model.count": 2,
+        "general.base_model.0.name": "Llama-3.1-8B",
+        "general.base_model.0.organization": "meta-llama",
+        "general.base_model.0.repo_url": "https://huggingface.co/meta-llama/Llama-3.1-8B",
+        "general.base_model.1.name": "plain",
+        "general.dataset.count": 1,
+        "general.dataset.0.name": "stories",
+        "general.dataset.0.organization": "org",
+        "general.dataset.0.repo_url": "https://huggingface.co/datasets/org/stories",
+        "general.tags": ["chat", "a: b", "text-generation"],
+        "general.languages": ["en", "no"],
+    }
+    ours = {"architecture", "type", "name", "size_label", "file_type", "quantization_version"}
+    assert {k: v for k, v in found.items() if k.startswith("general.") and k.split(".")[1] not in ours} == expected
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("card", "noted"),
+    [
+        ("# Only text\n", False),
+        ("---\nlicense: mit\n", False),  # never closed
+        ("---\n- a list\n---\n", False),
+        ("---\nlicense: [{a: b}, '']\nlanguage: {en: 1}\n---\n", False),
+        ("---\nlicense: [\n---\n", True),
+        ("---\nlicense: !!python/object:os.system {command: exit}\n---\n", False),
+        ("---\n" + "[" * 5000 + "\n---\n", True),
+    ],
+)
+def test_a_card_that_says_nothing_useful_stops_nothing(tmp_path: Path, card: str, noted: bool) -> None:
+    folder = save(tmp_path / "m", config())
+    (folder / "README.md").write_text(card)
+    report = convert(folder, tmp_path / "m.gguf", "f16")
+    assert any("README.md" in note for note in report.notes) == noted
+    assert not any(key.startswith(("general.license", "general.languages")) for key in Readback(report.path).metadata)
 
 
 @needs_data

@@ -199,7 +199,7 @@ void check_dequantise(const KernelTable& want, const KernelTable& got, Format fo
 std::vector<float> row_to_quantise(Rng& rng, size_t cols) {
   std::normal_distribution<float> normal;
   std::vector<float> x(cols);
-  const size_t pattern = below(rng, 8);
+  const size_t pattern = below(rng, 10);
   const float size = std::exp2(static_cast<float>(below(rng, 60)) - 50);
   for (float& v : x) {
     const float n = normal(rng);
@@ -209,9 +209,33 @@ std::vector<float> row_to_quantise(Rng& rng, size_t cols) {
         : pattern == 3 ? -size * std::fabs(n)
         : pattern == 4 ? below(rng, 20) == 0 ? 50 * size * n : size * n
         : pattern == 5 ? (below(rng, 3) ? 0.0f : size * n)
+        : pattern == 6 ? (below(rng, 2) ? 0.0f : -0.0f)                       // the sign of a minimum of zero
+        : pattern == 7 ? size * static_cast<float>(below(rng, 5)) - 2 * size  // equally large of both signs
                        : size * n;
   }
   return x;
+}
+
+// What a quantised row lost: the same bits on every tier, and close to the sums in double.
+void check_loss(Tier tier, Format format, const std::vector<float>& x, const uint8_t* packed, const std::string& what,
+                Report* report) {
+  const KernelTable &want = *kernels_for(Tier::kScalar), &got = *kernels_for(tier);
+  std::vector<float> y(x.size());
+  want.dequantise[static_cast<int>(format)](packed, x.size(), y.data());
+  float a[2], b[2];
+  want.loss(x.data(), y.data(), x.size(), &a[0], &a[1]);
+  got.loss(x.data(), y.data(), x.size(), &b[0], &b[1]);
+  double error = 0, energy = 0;
+  for (size_t k = 0; k < x.size(); ++k) {
+    const double r = static_cast<double>(x[k]) - static_cast<double>(y[k]);
+    error += r * r;
+    energy += static_cast<double>(x[k]) * static_cast<double>(x[k]);
+  }
+  ++report->checks;
+  const auto near = [](float v, double exact) {  // squares of tiny weights underflow
+    return std::fabs(static_cast<double>(v) - exact) <= 1e-5 * exact + 1e-40;
+  };
+  if (!same(a[0], b[0]) || !same(a[1], b[1]) || !near(b[0], error) || !near(b[1], energy)) report->fail(what + " loss");
 }
 
 void check_quantise(Rng& rng, Tier tier, Format format, size_t cols, const std::string& what, Report* report) {
@@ -225,6 +249,7 @@ void check_quantise(Rng& rng, Tier tier, Format format, size_t cols, const std::
     ++report->checks;
     if (want != got || (want == cols && expected != actual))
       report->fail(what + (w ? " quantise, weighted" : " quantise"));
+    if (want == cols) check_loss(tier, format, x, expected.data(), what, report);
   }
 }
 

@@ -165,6 +165,37 @@ def test_fitted_quantisers_lose_no_more_than_plain_rounding(
     assert 2 ** (-8 * fmt.block_bytes / fmt.block_size) < rmse < 1.02 * plain_error(x, sub_block, levels, symmetric)
 
 
+@pytest.mark.parametrize("importance", [None, "ramp"])
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("source", ["F32", "F16", "BF16", "Q8_0"])
+def test_converting_is_reading_and_quantising_and_tells_what_was_lost(
+    source: str, name: str, importance: str | None
+) -> None:
+    weights = None if importance is None else np.linspace(0.1, 3, 768, dtype=np.float32)
+    packed = quant.quantise(source, 0.02 * gaussian(21, 768, seed=4))
+    x = peer_dequantise(source, packed).reshape(21, 768)
+    got, error, energy = quant.convert(source, packed, name, 21, 768, importance=weights)
+    assert np.array_equal(got, quant.quantise(name, x, importance=weights))
+    restored = peer_dequantise(name, got).reshape(x.shape).astype(np.float64)
+    assert error == pytest.approx(float(((restored - x) ** 2).sum()), rel=1e-5)
+    assert energy == pytest.approx(float((x.astype(np.float64) ** 2).sum()), rel=1e-5)
+
+
+def test_converting_takes_rows_that_lie_anywhere_and_refuses_other_sizes() -> None:
+    x = gaussian(3, 64)
+    memory = np.empty(x.nbytes + 1, np.uint8)
+    memory[1:] = x.view(np.uint8).reshape(-1)
+    assert np.array_equal(quant.convert("F32", memory[1:], "Q4_0", 3, 64)[0], quant.quantise("Q4_0", x))
+    for source, data in (("F32", memory), ("BF16", memory[1:]), ("Q4_K", memory[1:])):
+        with pytest.raises(InvalidArgument, match="do not fit|no shape"):
+            quant.convert(source, data, "Q4_0", 3, 64)
+    with pytest.raises(InvalidArgument, match=r"row 2, column 5 is NaN"):
+        x[2, 5] = np.nan
+        quant.convert("F32", x.view(np.uint8), "Q4_0", 3, 64)
+    with pytest.raises(UnsupportedError, match="can be read, but not written"):
+        quant.convert("F32", gaussian(1, 256).view(np.uint8), "IQ2_S", 1, 256)
+
+
 @pytest.mark.parametrize("name", FITTED)
 def test_the_error_follows_the_scale_of_the_weights(name: str) -> None:
     """Scaling by a power of two changes nothing but exponents, as long as the fp16 scales stay normal."""

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         embedding_type=args.token_embedding_type,
         pure=args.pure,
         imatrix=args.imatrix,
+        lora=args.lora,
         allow_requantize=args.allow_requantize,
     )
     try:
@@ -95,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--token-embedding-type", metavar="TYPE", help="type of the embedding")
     add("--pure", action="store_true", help="one type for all matrices")
     add("--imatrix", type=Path, metavar="FILE", help="importance matrix: what the error of each column counts")
+    add("--lora", type=Path, action="append", default=[], metavar="FOLDER",
+        help="merge a PEFT LoRA adapter; may be repeated")  # fmt: skip
     add("--allow-requantize", action="store_true", help="round again what is quantised below 8 bits already")
     add("--split-size", type=_size, metavar="N[M|G]", help="several files of at most so many bytes of tensors")
     add("--resume", action="store_true", help="go on where a killed conversion stopped")
@@ -172,14 +175,14 @@ def printable(text: str) -> str:
 
 def _print_table(report: Report) -> None:
     print(
-        f"{'tensor':<32} {'shape':<16} {'from':<6} {'to':<6} {'RMSE':>9} {'of RMS':>7} {'bytes':>12}", file=sys.stderr
+        f"{'tensor':<32} {'shape':<16} {'from':<9} {'to':<6} {'RMSE':>9} {'of RMS':>7} {'bytes':>12}", file=sys.stderr
     )
     for t in report.tensors:
         shape, lost = " x ".join(map(str, t.shape)), report.losses[t.name]
         origin = t.source.rpartition(" ")[2]
         note = f"  {t.note}" if t.note else ""
         print(
-            f"{printable(t.name):<32} {shape:<16} {printable(origin):<6} {t.type:<6} {lost.rmse:>9.3g} "
+            f"{printable(t.name):<32} {shape:<16} {printable(origin):<9} {t.type:<6} {lost.rmse:>9.3g} "
             f"{lost.relative:>6.2%} {t.size:>12}{note}",
             file=sys.stderr,
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,16 @@ from gguf import size_label
 
 from pyengine.errors import FileError, FormatError, InvalidArgument, UnsupportedError
 from pyengine.tokenizer import PRE_TOKENIZERS
-from pyengine_convert import gguf_source, writer
+from pyengine_convert import gguf_source, lora, writer
 from pyengine_convert.architectures import Hyper, Tensor, check_shape, read_hyper
+from pyengine_convert.card import write_card
 from pyengine_convert.checkpoint import ITEM_BYTES, SourceTensor, open_checkpoint
 from pyengine_convert.encode import Loss
 from pyengine_convert.imatrix import Importance, importance_of, read_imatrix
 from pyengine_convert.keyvalues import KeyValues
-from pyengine_convert.plan import PlannedTensor, Rows, permute_heads
+from pyengine_convert.plan import Packed, PlannedTensor, permute_heads
 from pyengine_convert.recipe import QUANTISATION_VERSION, Choice, Facts, Recipe, make_choice
-from pyengine_convert.source import Config, read_json, read_json_if_present, read_text
+from pyengine_convert.source import Config, read_json, read_json_if_present
 from pyengine_convert.vocabulary import read_vocabulary
 
 # generation_config.json -> general.sampling.*
@@ -88,6 +90,7 @@ class Options:
         output_type, embedding_type: of the matrix that makes the logits, of the embedding.
         pure: every matrix gets the same type.
         imatrix: an importance matrix (imatrix.py).
+        lora: folders of LoRA adapters that are merged, in this order (lora.py).
         allow_requantize: round again what a GGUF file already holds with less than 8 bits.
     """
 
@@ -98,6 +101,7 @@ class Options:
     embedding_type: str | None = None
     pure: bool = False
     imatrix: Path | None = None
+    lora: Sequence[Path] = ()
     allow_requantize: bool = False
 
 
@@ -164,7 +168,8 @@ def make_plan(source: Path, type_name: str, options: Options | None = None) -> P
         without = [t.name for t in tensors if t.importance is None and t.type not in {"F32", "F16", "BF16", "Q8_0"}]
         if without:
             notes.append(f"{len(without)} quantised tensors have no importance, e.g. {without[0]}")
-    return Plan(keys, tensors, notes, "\n".join(map(_identity, _files(source))))
+    read = [*_files(source), *(path for folder in options.lora for path in _files(folder))]
+    return Plan(keys, tensors, notes, "\n".join(map(_identity, read)))
 
 
 def _plan_gguf(
@@ -172,6 +177,8 @@ def _plan_gguf(
 ) -> tuple[KeyValues, list[PlannedTensor], list[str]]:
     if options.pre is not None:
         raise InvalidArgument("--pre is for checkpoints; a GGUF file names its pre-tokenizer", code="pre_with_gguf")
+    if options.lora:
+        raise InvalidArgument("--lora is for checkpoints; the source is a GGUF file", code="lora_with_gguf")
     file = gguf_source.open_source(source)
     notes: list[str] = []
     known = gguf_source.facts(file, bool(importance))
@@ -192,10 +199,15 @@ def _plan_folder(
     config = Config(read_json(source / "config.json"), "config.json")
     hyper = read_hyper(config)
     notes: list[str] = []
-    tensors = _plan_tensors(open_checkpoint(source), hyper, choice, importance, notes)
+    if hyper.rope.kind == "dynamic":
+        notes.append(f"dynamic rope scaling left out: it acts beyond the context of {hyper.context} tokens only")
+    found = open_checkpoint(source)
+    for folder in options.lora:
+        found = lora.merge(found, folder, hyper.tied, notes)
+    tensors = _plan_tensors(found, hyper, choice, importance, notes)
     vocabulary = read_vocabulary(source, config, hyper.vocab, options.pre)
     keys = KeyValues()
-    _write_general(keys, source, hyper, choice.recipe, tensors, options.name)
+    _write_general(keys, source, hyper, choice.recipe, tensors, options.name, notes)
     hyper.write(keys)
     vocabulary.write(keys)
     return keys, tensors, [*notes, *vocabulary.notes]
@@ -224,7 +236,11 @@ def _plan_tensors(
     planned = [_plan_tensor(found[line.hf], line, hyper, choice, facts, importance) for line in table]
     factors = hyper.rope.factors(hyper.head_dim)
     if factors is not None:
-        planned.append(PlannedTensor("rope_freqs.weight", factors.shape, "F32", _rows_of(factors), source="computed"))
+        planned.append(
+            PlannedTensor(
+                "rope_freqs.weight", factors.shape, "F32", "F32", _rows_of(factors.reshape(1, -1)), source="computed"
+            )
+        )
     return planned
 
 
@@ -259,28 +275,32 @@ def _plan_tensor(
     check_shape(line, source.shape, hyper)
     kind, note = choice.of(line.gguf, source.shape, facts)
     weights = importance_of(importance, line.gguf, source.shape)
-    origin = f"{source.name} {source.dtype}"
-    if not line.heads or len(source.shape) < 2:
-        read = source.read_rows if not line.heads else _rows_of(_permuted_bias(source, hyper.head_dim))
-        return PlannedTensor(line.gguf, source.shape, kind, read, source=origin, note=note, importance=weights)
-    read = partial(_read_permuted, source, hyper.head_dim)
-    return PlannedTensor(line.gguf, source.shape, kind, read, hyper.head_dim, origin, note, weights)
+    origin = f"{source.name} {source.dtype}{'+LoRA' if isinstance(source, lora.Merged) else ''}"
+    unit = hyper.head_dim if line.heads else 1
+    if line.heads and len(source.shape) < 2:
+        bias = permute_heads(source.read(0, 1).reshape(source.cols, -1), unit).reshape(1, -1)
+        return PlannedTensor(line.gguf, source.shape, kind, source.dtype, _rows_of(bias), source=origin, note=note)
+    read = partial(_read_permuted, source, unit) if line.heads else source.read
+    return PlannedTensor(line.gguf, source.shape, kind, source.dtype, read, unit, origin, note, weights)
 
 
-def _read_permuted(source: SourceTensor, head_dim: int, start: int, count: int) -> Rows:
-    return permute_heads(source.read_rows(start, count), head_dim)
+def _read_permuted(source: SourceTensor, head_dim: int, start: int, count: int) -> Packed:
+    return permute_heads(source.read(start, count), head_dim)
 
 
-def _permuted_bias(source: SourceTensor, head_dim: int) -> npt.NDArray[np.float32]:
-    return permute_heads(source.read_rows(0, 1).reshape(-1, 1), head_dim).reshape(-1)
-
-
-def _rows_of(vector: npt.NDArray[np.float32]) -> Callable[[int, int], Rows]:
-    return lambda start, count: vector.reshape(1, -1)[start : start + count]
+def _rows_of(rows: npt.NDArray[Any]) -> Callable[[int, int], Packed]:
+    packed = rows.view(np.uint8)
+    return lambda start, count: packed[start : start + count]
 
 
 def _write_general(
-    keys: KeyValues, source: Path, hyper: Hyper, recipe: Recipe, tensors: Sequence[PlannedTensor], name: str | None
+    keys: KeyValues,
+    source: Path,
+    hyper: Hyper,
+    recipe: Recipe,
+    tensors: Sequence[PlannedTensor],
+    name: str | None,
+    notes: list[str],
 ) -> None:
     """The ``general.*`` keys."""
     weights = sum(math.prod(t.shape) for t in tensors)
@@ -288,8 +308,7 @@ def _write_general(
     keys.string("general.type", "model")
     keys.string("general.name", name or source.resolve().name or hyper.arch.name)
     keys.string("general.size_label", size_label(weights, weights, 0, 0))
-    if (licence := _licence(source)) is not None:
-        keys.string("general.license", licence)
+    write_card(keys, source, notes)
     keys.u32("general.file_type", recipe.file_type)
     keys.u32("general.quantization_version", QUANTISATION_VERSION)
     generation = Config(read_json_if_present(source / "generation_config.json"), "generation_config.json")
@@ -299,13 +318,3 @@ def _write_general(
                 keys.f32(f"general.sampling.{name_in_gguf}", generation.number(key, above=-1e-9))
         if generation.get("top_k") is not None:
             keys.i32("general.sampling.top_k", generation.integer("top_k", low=0))
-
-
-def _licence(source: Path) -> str | None:
-    """The ``license:`` line of a model card's front matter."""
-    card = source / "README.md"
-    if not card.is_file():
-        return None
-    front = re.match(r"---\s*\n(.*?)\n---", read_text(card), re.DOTALL)
-    line = re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front.group(1), re.MULTILINE) if front else None
-    return line.group(1) if line else None

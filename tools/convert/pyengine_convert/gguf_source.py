@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from pyengine import quant
 from pyengine.errors import UnsupportedError
@@ -15,7 +14,7 @@ from pyengine.gguf_file import GgufFile, TensorInfo
 from pyengine.model import Model
 from pyengine_convert.imatrix import Importance, importance_of
 from pyengine_convert.keyvalues import KeyValues
-from pyengine_convert.plan import PlannedTensor, Rows
+from pyengine_convert.plan import Packed, PlannedTensor
 from pyengine_convert.recipe import QUANTISATION_VERSION, Choice, Facts, Recipe
 
 _FULL = {"F32", "F16", "BF16", "Q8_0"}  # precise enough to be rounded once more
@@ -92,18 +91,15 @@ def plan_tensors(
             tensor.name,
             shape,
             kind,
-            partial(_rows, tensor, data),
+            tensor.type_name,
+            partial(_packed, tensor, data),
             source=tensor.type_name,
             note=note,
             importance=weights,
-            read_packed=partial(_packed, tensor, data) if tensor.type_name == kind else None,
+            copied=tensor.type_name == kind,
         )
 
 
-def _packed(tensor: TensorInfo, data: npt.NDArray[np.uint8], start: int, count: int) -> npt.NDArray[np.uint8]:
+def _packed(tensor: TensorInfo, data: Packed, start: int, count: int) -> Packed:
     size = quant.find(tensor.type_name).row_bytes(tensor.cols)
-    return data[start * size : (start + count) * size]
-
-
-def _rows(tensor: TensorInfo, data: npt.NDArray[np.uint8], start: int, count: int) -> Rows:
-    return quant.dequantise(tensor.type_name, _packed(tensor, data, start, count), count, tensor.cols)
+    return data[start * size : (start + count) * size].reshape(count, size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ class State:
     done: int = 0
     losses: dict[str, Loss] = field(default_factory=dict)
     checks: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> State:
+        return replace(self, losses=dict(self.losses), checks=dict(self.checks))
 
 
 class Journal:

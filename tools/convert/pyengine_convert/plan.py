@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,8 @@ import numpy.typing as npt
 from pyengine import quant
 
 Rows = npt.NDArray[np.float32]
-ReadRows = Callable[[int, int], Rows]  # (first row, count) -> float32 [count, cols]
-ReadPacked = Callable[[int, int], npt.NDArray[np.uint8]]  # the same rows as they lie in the source
+Packed = npt.NDArray[np.uint8]  # [rows, bytes of a row]
+Read = Callable[[int, int], Packed]  # (first row, count) -> these rows
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,25 @@ class PlannedTensor:
         name: in GGUF.
         shape: numpy order, rows first.
         type: format name.
-        read_rows: called from several threads at once, in any order.
+        format: of the rows as they are read.
+        read: called from several threads at once, in any order.
         row_unit: reads begin and end at multiples of it.
         source: name and dtype in the checkpoint, for the report.
         note: why the type is not the usual one.
         importance: [cols], what the squared error of each column counts.
-        read_packed: where the source has the same type: its bytes, to be copied.
+        copied: the rows are written as they are read.
     """
 
     name: str
     shape: tuple[int, ...]
     type: str
-    read_rows: ReadRows
+    format: str
+    read: Read
     row_unit: int = 1
     source: str = ""
     note: str = ""
     importance: Rows | None = None
-    read_packed: ReadPacked | None = None
+    copied: bool = False
 
     @property
     def rows(self) -> int:
@@ -60,11 +63,10 @@ class PlannedTensor:
         return self.rows * self.row_bytes
 
 
-def permute_heads(rows: Rows, head_dim: int) -> Rows:
-    """Reorders the rows of Q or K, [n * head_dim, cols], from half-split rope to rope on adjacent pairs.
+def permute_heads(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
+    """Reorders the rows of Q or K, [n * head_dim, ...], from half-split rope to rope on adjacent pairs.
 
     Within a head, row 2 i + j of the result is row j * head_dim / 2 + i:  0 1 2 3 4 5  ->  0 3 1 4 2 5
     """
-    cols = rows.shape[1]
-    halves = rows.reshape(-1, 2, head_dim // 2, cols)
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1, cols)
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)

@@ -25,7 +25,7 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies.
-        kind: "default", "linear", "yarn" or "llama3".
+        kind: "default", "dynamic", "linear", "yarn" or "llama3". Dynamic NTK scaling acts beyond the model's context only.
         scaling: the rest of the configuration.
     """
 
@@ -100,9 +100,9 @@ def read_rope(config: Config) -> Rope:
     scaling = parameters if parameters.values else config.section("rope_scaling")
     theta = parameters.number("rope_theta", config.get("rope_theta", DEFAULT_THETA))
     kind = scaling.string("rope_type", scaling.get("type", "default"))
-    if kind not in {"default", "linear", "yarn", "llama3"}:
+    if kind not in {"default", "dynamic", "linear", "yarn", "llama3"}:
         raise UnsupportedError(
-            f"{scaling.where}: rope scaling {kind!r} is not supported; expected default, linear, yarn or llama3",
+            f"{scaling.where}: rope scaling {kind!r} is not supported; expected default, linear, dynamic, yarn or llama3",
             code="unsupported_rope",
             field="rope_type",
         )

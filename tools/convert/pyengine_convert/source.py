@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`", code="lfs_pointer")
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise FormatError(f"{path} is not valid JSON: {error}", code="bad_json") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a JSON {type(value).__name__}; expected an object", code="bad_json")

@@ -5,8 +5,8 @@ with what was meant, and only then renamed. The temporary name is fixed and lock
 output cannot meet; what a killed one left behind is continued when asked (journal.py), otherwise replaced.
 The parts of a split file grow in a folder and are renamed last part first: the first one opens the model.
 
-A pool of threads reads and encodes pieces of a few MiB; this thread writes them in order. Memory in use: about
-(threads + 2) pieces, whatever the size of the model.
+A pool of threads reads and encodes pieces of a few MiB; this thread writes them in order, another one sees that they reach the
+disk. Memory in use: about (threads + 2) pieces, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pyengine.errors import FileError, InternalError, InvalidArgument
 from pyengine.gguf_file import GgufFile
 from pyengine.model import Model
 from pyengine_convert import journal
-from pyengine_convert.encode import Loss, encode, loss
+from pyengine_convert.encode import Loss, encode
 from pyengine_convert.journal import Journal, State
 from pyengine_convert.keyvalues import KeyValues
 from pyengine_convert.plan import PlannedTensor
@@ -45,9 +45,9 @@ except ImportError:  # Windows: an open file cannot be replaced there, which ser
     fcntl = None  # type: ignore[assignment]
 
 _ALIGNMENT = 32  # bytes; the format's default
-_PIECE = 1 << 20  # weights read and encoded at a time: 4 MiB of float32
+_PIECE = 1 << 20  # weights read and encoded at a time
 _HEADER_RESERVE = 64 << 20  # bytes kept free for metadata when space is checked
-_CHECKPOINT = 512 << 20  # bytes between checkpoints: what a killed conversion does again at most
+_CHECKPOINT = 128 << 20  # bytes between checkpoints; a killed conversion does at most two of them again
 
 Progress = Callable[[int], None]  # called with the bytes just written
 
@@ -288,10 +288,15 @@ def _write_volumes(volumes: Sequence[_Volume], state: State, log: Journal, threa
 
 def _write_data(volume: _Volume, state: State, log: Journal, threads: int, progress: Progress) -> None:
     """Appends the bytes of the tensors from ``state`` on, padded."""
-    with open(volume.path, "r+b", buffering=0) as file:
+    with open(volume.path, "r+b", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="sync") as beside:
         file.seek(state.offset)
         file.truncate()
-        synced = state.offset
+        synced, syncing = state.offset, None
+
+        def checkpoint(reached: State) -> None:
+            os.fsync(file.fileno())
+            log.checkpoint(reached)
+
         for piece in _pieces(volume.tensors, state.tensor, state.row, threads):
             name = volume.tensors[piece.tensor].name
             if piece.start == 0:
@@ -304,12 +309,14 @@ def _write_data(volume: _Volume, state: State, log: Journal, threads: int, progr
             state.tensor, state.row, state.offset = piece.tensor, piece.start + piece.count, file.tell()
             progress(piece.data.nbytes)
             if state.offset - synced >= _CHECKPOINT:
-                os.fsync(file.fileno())
-                log.checkpoint(state)
+                if syncing is not None:
+                    syncing.result()  # the disk is slower than we are: what waits to be written stays bounded
+                syncing = beside.submit(checkpoint, state.copy())
                 synced = state.offset
+        if syncing is not None:
+            syncing.result()
         _pad(file)
-        os.fsync(file.fileno())
-        log.checkpoint(state)
+        checkpoint(state)
 
 
 class _Piece(NamedTuple):
@@ -321,12 +328,11 @@ class _Piece(NamedTuple):
 
 
 def _make(tensor: PlannedTensor, index: int, start: int, count: int) -> _Piece:
-    if tensor.read_packed is not None:
-        data = tensor.read_packed(start, count)
-        return _Piece(index, start, count, data.reshape(-1), Loss(weights=count * tensor.cols))
-    rows = tensor.read_rows(start, count)
-    data = encode(tensor.type, rows, tensor.name, start, tensor.importance)
-    return _Piece(index, start, count, data.reshape(-1), loss(tensor.type, rows, data))
+    rows = tensor.read(start, count)
+    if tensor.copied:
+        return _Piece(index, start, count, rows.reshape(-1), Loss(weights=count * tensor.cols))
+    data, lost = encode(tensor, rows, start)
+    return _Piece(index, start, count, data.reshape(-1), lost)
 
 
 def _pieces(tensors: Sequence[PlannedTensor], first: int, row: int, threads: int) -> Iterator[_Piece]:
