@@ -97,9 +97,9 @@ inline void pack_nibbles(const uint8_t code[32], uint8_t qs[16]) {
 // Bit 4 of each code. Of eight bytes of 0 or 1 the product has the sum of byte k shifted by k as its highest byte.
 inline void pack_fifth_bits(const uint8_t code[32], uint8_t qh[4]) {
   for (int i = 0; i < 4; ++i) {
-    uint64_t bits = 0;
-    for (int k = 0; k < 8; ++k) bits |= static_cast<uint64_t>(code[8 * i + k] >> 4 & 1) << (8 * k);
-    qh[i] = static_cast<uint8_t>(bits * 0x0102040810204080u >> 56 & 0xff);
+    uint64_t eight;
+    memcpy(&eight, code + 8 * i, 8);
+    qh[i] = static_cast<uint8_t>((eight >> 4 & 0x0101010101010101u) * 0x0102040810204080u >> 56);
   }
 }
 
