@@ -5,13 +5,13 @@
         --convert venv/bin/python llama.cpp/convert_hf_to_gguf.py
 
 The checkpoint (sharded BF16, random normal weights: 16 GB at 32 layers) is made in --folder. Memory is the peak of
-anonymous pages, sampled; the file's own mapped pages do not count. Their way is convert_hf_to_gguf.py to BF16, once, and
-llama-quantize of that for each type: "both" adds the two times, "ratio" is ours to that. Before each run the files that it
-reads are dropped from the cache and nothing waits to be written. Ours ends when the file is on the disk; theirs when it is
-written, and what waits for the disk then does not count.
+anonymous pages, sampled; the file's own mapped pages do not count. Their way is convert_hf_to_gguf.py to BF16, once,
+and llama-quantize of that for each type: "both" adds the two times, "ratio" is ours to that. Before each run the files
+that it reads are dropped from the cache and nothing waits to be written. Ours ends when the file is on the disk; theirs
+when it is written, and what waits for the disk then does not count.
 
-Everything is deleted at the end. --frugal deletes the checkpoint as soon as their converter has read it (32 layers: 33 GB of disk
-instead of 41), --keep leaves it for the next run.
+Everything is deleted at the end. --frugal deletes the checkpoint as soon as their converter has read it (32 layers: 33
+GB of disk instead of 41), --keep leaves it for the next run.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def main() -> None:
         row = f"| {kind} | {wall:.1f} | {cpu:.1f} | {memory / 2**20:.0f} |"
         if theirs:
             first, (second, their_cpu, _) = theirs[""][0], theirs[kind]
-            row += f" {first:.1f} | {second:.1f} | {their_cpu:.1f} | {first + second:.1f} | {wall / (first + second):.2f} |"
+            row += f" {first:.1f} | {second:.1f} | {their_cpu:.1f} | {first + second:.1f} |"
+            row += f" {wall / (first + second):.2f} |"
         print(row, flush=True)
 
 
@@ -191,8 +192,8 @@ def theirs_of(source: Path, plain: Path, out: Path, args: argparse.Namespace) ->
     """Of their converter under "", of their quantiser under each type."""
     times = {}
     if args.convert:
-        # Their converter knows tokenizers by the hashes of published ones: the vocabulary of random weights is none of them.
-        # Only the tokenizer is left out of what it does.
+        # Their converter knows tokenizers by the hashes of published ones: the vocabulary of random weights is none of
+        # them. Only the tokenizer is left out of what it does.
         make_cold(source.iterdir())
         times[""] = timed([args.convert[0], "-c", THEIR_CONVERTER, args.convert[1], str(source), str(plain)])
     else:

@@ -1,18 +1,18 @@
 """Our quantisers beside llama.cpp's on trained models: errors of every tensor, and what each recipe does to a model.
 
-    python benchmarks/quantisers.py ../shared/data --bin build/bin [--tables] [--recipes] [--models ...] [--only Q4_K ...]
+    python benchmarks/quantisers.py ../shared/data --bin build/bin [--tables] [--recipes] [--only Q4_K ...]
 
-Models: those of the data folder that are 256 columns wide, and the demo model's checkpoint. --bin: llama.cpp's llama-quantize and
-llama-perplexity, with libggml-base.so beside them or in ../lib.
+Models: those of the data folder that are 256 columns wide, and the demo model's checkpoint. --bin: llama.cpp's
+llama-quantize and llama-perplexity, with libggml-base.so beside them or in ../lib.
 
---tables: for each type and model the ratio of true RMSE, ours / theirs, tensor by tensor (the same float32 rows, read back by the
-`gguf` package); then of importance-weighted RMSE with an importance matrix of `pyengine-imatrix` over a text, both quantisers
-having it.
+--tables: for each type and model the ratio of true RMSE, ours / theirs, tensor by tensor (the same float32 rows, read
+back by the `gguf` package); then of importance-weighted RMSE with an importance matrix of `pyengine-imatrix` over a
+text, both quantisers having it.
 
---recipes: both make a file of each recipe from the same F32 file, without and with the importance matrix. Perplexity and mean KL
-divergence from the F32 model, each file measured by both engines: windows of 256 tokens, each engine against its own F32
-logits. A file of ours is worse than theirs where its divergence, or its perplexity, is higher by more than two standard errors
-of the difference (taken as independent, which two files of the same model are not).
+--recipes: both make a file of each recipe from the same F32 file, without and with the importance matrix. Perplexity
+and mean KL divergence from the F32 model, each file measured by both engines: windows of 256 tokens, each engine
+against its own F32 logits. A file of ours is worse than theirs where its divergence, or its perplexity, is higher by
+more than two standard errors of the difference (taken as independent, which two files of the same model are not).
 
 The text: stories for the story models, held-out problems with their solutions for the demo model.
 """
@@ -144,9 +144,8 @@ def tensor_tables(all_of: list[Subject], types: list[str], lib: ctypes.CDLL) -> 
                         ratios[kind][importance is not None][name] = ratio
         roles = list(dict.fromkeys(role_of(n) for n in ratios[types[-1]][False]))
         for weighted in (False, True):
-            print(
-                f"\n{subject.name}, {'importance-weighted RMSE' if weighted else 'RMSE'}, ours / theirs; of several layers the worst\n"
-            )
+            what = "importance-weighted RMSE" if weighted else "RMSE"
+            print(f"\n{subject.name}, {what}, ours / theirs; of several layers the worst\n")
             print("| tensor |" + "".join(f" {t} |" for t in types))
             print("|---|" + "---|" * len(types))
             for role in roles:
@@ -246,7 +245,7 @@ def recipe_tables(all_of: list[Subject], recipes: list[str], tools: Path, chunks
         )
         their_tool(tools, subject.full, chunks, "-f", subject.text, "--save-all-logits", base_there, says="PPL = ")
         print(
-            f"\n{subject.name}: divergence from F32 and perplexity / F32's, our file against theirs, measured here and there\n"
+            f"\n{subject.name}: divergence from F32, perplexity / F32's; our file and theirs, measured here and there\n"
         )
         print(
             "| recipe | KLD here: ours / theirs | KLD there: ours / theirs | perplexity here: ours / theirs | there |"
@@ -268,7 +267,8 @@ def recipe_tables(all_of: list[Subject], recipes: list[str], tools: Path, chunks
                     f"| {here[0].divergence:.5f} / {here[1].divergence:.5f} ± {here[0].divergence_error:.5f} "
                     f"| {there[0].divergence:.5f} / {there[1].divergence:.5f} ± {there[0].divergence_error:.5f} "
                     f"| {here[0].ratio:.4f} / {here[1].ratio:.4f} ± {here[0].ratio_error:.4f} "
-                    f"| {there[0].ratio:.4f} / {there[1].ratio:.4f} ± {there[0].ratio_error:.4f} |{' WORSE' if bad else ''}",
+                    f"| {there[0].ratio:.4f} / {there[1].ratio:.4f} ± {there[0].ratio_error:.4f} |"
+                    f"{' WORSE' if bad else ''}",
                     flush=True,
                 )
                 for path in (a, b):

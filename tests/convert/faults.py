@@ -1,13 +1,13 @@
-"""kill -9 at random moments and disks that fill up, against the converter as a process of its own (`make convert-faults`).
+"""kill -9 at random moments and disks that fill up, against the converter as a process (`make convert-faults`).
 
     python -m tests.convert.faults [--kills 100] [--full 50] [--seed N]
 
-Whatever happens, what stands under the final name is the whole file or nothing; `--resume` ends in the bytes of a run that
-nobody disturbed. The moments are spread over the whole run: start, header, data, sync, verification, renaming. The disk is
-a tmpfs of its own where it may be mounted (root), filled up by another file in the middle of the conversion; elsewhere a
-limit on the size of files stands for it.
+Whatever happens, what stands under the final name is the whole file or nothing; `--resume` ends in the bytes of a run
+that nobody disturbed. The moments are spread over the whole run: start, header, data, sync, verification, renaming. The
+disk is a tmpfs of its own where it may be mounted (root), filled up by another file in the middle of the conversion;
+elsewhere a limit on the size of files stands for it.
 
-The checkpoint: llama, 14 million random weights in two shards; pieces and checkpoints are small, so that there are many.
+The checkpoint: llama, 14 million random weights in two shards; pieces and checkpoints are small, and so many.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import collections
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -118,12 +117,18 @@ def phase(folder: Path, expected: dict[str, bytes]) -> str:
     return "verification and after" if done >= 0.99 * sum(map(len, expected.values())) else "between checkpoints"
 
 
-def finish(source: Path, out: Path, case: Case, expected: dict[str, bytes], what: str) -> None:
+def finish(source: Path, out: Path, case: Case, expected: dict[str, bytes], what: str) -> float:
+    """To the end, undisturbed; the seconds it took."""
     with start(source, out, case) as process:
-        said, errors = process.communicate(timeout=300)
+        assert process.stdout is not None
+        said, began = process.stdout.readline(), time.monotonic()
+        rest, errors = process.communicate(timeout=300)
+        seconds = time.monotonic() - began
+    said += rest
     check(process.returncode == 0 and said == "ready\ndone\n", f"{what}, then to the end: {said}{errors}")
     check(contents(out.parent) == expected, f"{what}: other bytes at the end")
     check(not remains(out.parent), f"{what}: left behind {remains(out.parent)}")
+    return seconds
 
 
 def kill(source: Path, whole: dict[int, dict[str, bytes]], count: int, rng: random.Random) -> None:
@@ -134,10 +139,8 @@ def kill(source: Path, whole: dict[int, dict[str, bytes]], count: int, rng: rand
         expected = whole[case.split]
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "m.gguf"
-            began = time.monotonic()
-            if number < 2:  # how long it takes
-                finish(source, out, case, expected, "undisturbed")
-                duration = time.monotonic() - began
+            if number % 10 == 0:  # how long it takes, from "ready" on
+                duration = finish(source, out, case, expected, "undisturbed")
                 for name in expected:
                     (out.parent / name).unlink()
             for again in range(
@@ -148,7 +151,7 @@ def kill(source: Path, whole: dict[int, dict[str, bytes]], count: int, rng: rand
                 with start(source, out, case) as process:
                     assert process.stdout is not None
                     process.stdout.readline()  # "ready": Python has started
-                    time.sleep(rng.uniform(0, duration * 0.8))
+                    time.sleep(rng.uniform(0, duration))
                     process.send_signal(signal.SIGKILL)
                     process.wait()
                 check_published(out.parent, expected, f"kill {number}")
@@ -205,9 +208,7 @@ def fill(source: Path, whole: dict[int, dict[str, bytes]], count: int, rng: rand
             (folder / "filler").unlink(missing_ok=True)
             finish(source, out, case, expected, what)
     where = "a tmpfs that another file filled up" if mounted else "a limit on the size of files"
-    print(
-        f"{count} full disks ({where}): nothing under a final name, nothing left without --resume, identical bytes with it"
-    )
+    print(f"{count} full disks ({where}): nothing under a final name; the bytes of the undisturbed run afterwards")
     print("  " + ", ".join(f"{n} x {message}" for message, n in messages.most_common()))
 
 
@@ -237,6 +238,7 @@ def main() -> None:
         source = make_source(Path(name) / "m")
         whole = {}
         for split in (0, SPLIT):
+            (Path(name) / f"{split}").mkdir()
             report = convert(source, Path(name) / f"{split}" / "m.gguf", "q4_k_m", split=split or None)
             whole[split] = {p.name: p.read_bytes() for p in report.paths}
         kill(source, whole, args.kills, rng)

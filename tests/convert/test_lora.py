@@ -1,4 +1,4 @@
-"""LoRA adapters: the merged file is that of the checkpoint merged in numpy; what is not W + s B A is refused by name."""
+"""LoRA adapters: the file is that of the checkpoint merged in numpy; what is not W + s B A is refused by name."""
 
 from __future__ import annotations
 

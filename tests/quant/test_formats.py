@@ -187,10 +187,10 @@ def test_converting_takes_rows_that_lie_anywhere_and_refuses_other_sizes() -> No
     memory[1:] = x.view(np.uint8).reshape(-1)
     assert np.array_equal(quant.convert("F32", memory[1:], "Q4_0", 3, 64)[0], quant.quantise("Q4_0", x))
     for source, data in (("F32", memory), ("BF16", memory[1:]), ("Q4_K", memory[1:])):
-        with pytest.raises(InvalidArgument, match="do not fit|no shape"):
+        with pytest.raises(InvalidArgument, match=r"do not fit|no shape"):
             quant.convert(source, data, "Q4_0", 3, 64)
+    x[2, 5] = np.nan
     with pytest.raises(InvalidArgument, match=r"row 2, column 5 is NaN"):
-        x[2, 5] = np.nan
         quant.convert("F32", x.view(np.uint8), "Q4_0", 3, 64)
     with pytest.raises(UnsupportedError, match="can be read, but not written"):
         quant.convert("F32", gaussian(1, 256).view(np.uint8), "IQ2_S", 1, 256)

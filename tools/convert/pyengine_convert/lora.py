@@ -1,8 +1,8 @@
 """LoRA adapters merged into the weights they belong to, a few rows at a time while these are read.
 
-A folder as PEFT saves it: ``adapter_config.json`` and ``adapter_model.safetensors``. A matrix W becomes W + s B A, of the embedding
-W + s (B A)^T. The product is taken with the engine's float kernel: the bytes are the same on every machine. What would merge
-into a model that answers differently is refused by name.
+A folder as PEFT saves it: ``adapter_config.json`` and ``adapter_model.safetensors``. A matrix W becomes W + s B A, of
+the embedding W + s (B A)^T. The product is taken with the engine's float kernel: the bytes are the same on every
+machine. What would merge into a model that answers differently is refused by name.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight
 
 @dataclass(frozen=True, kw_only=True)
 class Merged(SourceTensor):
-    """``base`` with ``scale`` b a added: a [rank, cols], b [rows, rank]; of the embedding a [rank, rows], b [cols, rank].
+    """``base`` with ``scale`` b a added: a [rank, cols], b [rows, rank].
 
-    Float32, whatever the checkpoint has: nothing is rounded twice.
+    Of the embedding it is the transposed product: a [rank, rows], b [cols, rank]. Float32, whatever the checkpoint
+    has: nothing is rounded twice.
     """
 
     base: SourceTensor
@@ -175,7 +176,7 @@ def _merged(
 
 
 def _pattern(config: Config, key: str, module: str, otherwise: Any) -> Any:
-    """What ``rank_pattern`` or ``alpha_pattern`` says of a module: its keys are regular expressions for the ends of names."""
+    """What ``rank_pattern`` or ``alpha_pattern`` says of a module; keys are regular expressions for ends of names."""
     for pattern, value in config.section(key).values.items():
         try:
             if re.fullmatch(rf"(.*\.)?({pattern})", module):

@@ -25,8 +25,8 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies.
-        kind: "default", "dynamic", "linear", "yarn" or "llama3". Dynamic NTK scaling acts beyond the model's context only.
-        scaling: the rest of the configuration.
+        kind: "default", "dynamic", "linear", "yarn" or "llama3". Dynamic NTK scaling acts beyond the model's context
+        only. scaling: the rest of the configuration.
     """
 
     theta: float
@@ -102,7 +102,8 @@ def read_rope(config: Config) -> Rope:
     kind = scaling.string("rope_type", scaling.get("type", "default"))
     if kind not in {"default", "dynamic", "linear", "yarn", "llama3"}:
         raise UnsupportedError(
-            f"{scaling.where}: rope scaling {kind!r} is not supported; expected default, linear, dynamic, yarn or llama3",
+            f"{scaling.where}: rope scaling {kind!r} is not supported; expected default, linear, dynamic, yarn "
+            "or llama3",
             code="unsupported_rope",
             field="rope_type",
         )

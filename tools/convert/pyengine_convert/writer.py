@@ -5,8 +5,8 @@ with what was meant, and only then renamed. The temporary name is fixed and lock
 output cannot meet; what a killed one left behind is continued when asked (journal.py), otherwise replaced.
 The parts of a split file grow in a folder and are renamed last part first: the first one opens the model.
 
-A pool of threads reads and encodes pieces of a few MiB; this thread writes them in order, another one sees that they reach the
-disk. Memory in use: about (threads + 2) pieces, whatever the size of the model.
+A pool of threads reads and encodes pieces of a few MiB; this thread writes them in order, another one sees that they
+reach the disk. Memory in use: about (threads + 2) pieces, whatever the size of the model.
 """
 
 from __future__ import annotations
