@@ -26,7 +26,7 @@ from pyengine.errors import (
     OutOfMemory,
     UnsupportedError,
 )
-from pyengine.gguf_file import GgufFile, TensorInfo
+from pyengine.gguf_file import GgufFile, TensorInfo, guard_mapped_files
 from pyengine.model import Model, Session
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "demo_model_path",
+    "guard_mapped_files",
     "numerics_epoch",
     "plan",
 ]

@@ -116,10 +116,19 @@ class GgufFile:
         return array
 
     def dequantise(self, name: str) -> npt.NDArray[np.float32]:
-        """A tensor as float32 [rows, cols]."""
+        """A tensor as float32 [rows, cols]. ``FileError`` as from :meth:`check_unchanged`."""
         data = self.data(name)
         tensor = self.tensors[name]
-        return quant.dequantise(tensor.type_name, data, tensor.rows, tensor.cols)
+        values = quant.dequantise(tensor.type_name, data, tensor.rows, tensor.cols)
+        self.check_unchanged()
+        return values
+
+    def check_unchanged(self) -> None:
+        """``FileError`` (code ``file_changed``) when a guarded file is no longer what was opened.
+
+        To be called after reading arrays of :meth:`data`, which are zeros then. See :func:`guard_mapped_files`.
+        """
+        self._core.check_unchanged()
 
     def close(self) -> None:
         self._core.close()
@@ -129,6 +138,16 @@ class GgufFile:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def guard_mapped_files() -> None:
+    """Guards the files that are mapped from now on against what others do to them meanwhile.
+
+    A model file that is cut or overwritten while it is in use is ``FileError`` (code ``file_changed``) from then on,
+    instead of the end of the process by SIGBUS, or garbage. Installs a handler for SIGBUS, once and for the life of the
+    process; other faults go on to the handler there was. The commands do this; programs that embed the engine decide.
+    """
+    _core.guard_mapped_files()
 
 
 def fs_path(path: str | os.PathLike[str]) -> str:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import mmap
 from pathlib import Path
+
+from pyengine.errors import OutOfMemory
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _UNLIMITED = 1 << 60  # version 1 says "no limit" by a number near 2^63
 
@@ -19,6 +28,34 @@ def available_memory(root: str = "") -> int | None:
 def total_memory(root: str = "") -> int | None:
     """Bytes of memory in the machine; ``None`` where the system does not say."""
     return _meminfo(root, "MemTotal")
+
+
+def memory_is_refused() -> bool:
+    """Whether this system refuses memory, by a limit (``ulimit -v``) or by its policy, before there is none."""
+    if resource is None:
+        return False
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return any(limit != resource.RLIM_INFINITY for limit in limits) or _strict_accounting()
+
+
+@functools.cache
+def _strict_accounting() -> bool:
+    return _number(Path("/proc/sys/vm/overcommit_memory")) == 2
+
+
+def need_memory(size: int, what: str) -> None:
+    """``OutOfMemory`` unless ``size`` bytes can be had now, on systems that refuse memory.
+
+    For libraries that end the process when they are refused some; the size is what they need at most.
+    """
+    if not memory_is_refused():
+        return
+    try:
+        mmap.mmap(-1, size).close()
+    except (OSError, ValueError, OverflowError):
+        raise OutOfMemory(
+            f"not enough memory: {what} needs {size / 1e6:.0f} MB, which the system refuses", code="out_of_memory"
+        ) from None
 
 
 def _meminfo(root: str, key: str) -> int | None:

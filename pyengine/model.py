@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pyengine import _core
 from pyengine.errors import InvalidArgument
 from pyengine.gguf_file import GgufFile, Metadata, fs_path, load_mode
+from pyengine.memory import memory_is_refused
 
 if TYPE_CHECKING:
     from pyengine.tokenizer import Tokenizer
@@ -77,7 +78,8 @@ class Model:
         if not 0 <= prefix_bytes < 2**64:
             raise InvalidArgument(f"prefix_bytes is {prefix_bytes}; expected 0..2^64-1", code="bad_option")
         load = load_mode("copy" if copy else "mmap")
-        tokenizer = _Ahead(functools.partial(_tokenizer_of, fs_path(path))) if tokenizer_ahead else None
+        ahead = tokenizer_ahead and not memory_is_refused()  # then one after the other, so that each can be told
+        tokenizer = _Ahead(functools.partial(_tokenizer_of, fs_path(path))) if ahead else None
         model = cls(_core.Model.open(fs_path(path), load, rope_attn_scale or 0.0, progress, prefix_bytes))
         model._tokenizer = tokenizer
         return model

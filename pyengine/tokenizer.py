@@ -26,6 +26,7 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from pyengine.errors import FormatError, InvalidArgument, UnsupportedError
+from pyengine.memory import need_memory
 
 # --- families -------------------------------------------------------------------------------------------------------
 
@@ -125,6 +126,10 @@ _END_NAMES = frozenset(
     )
 )
 _SPACE = "\u2581"  # SentencePiece's visible space
+# What the `tokenizers` package takes at most, measured with vocabularies of 1,000 to 152,000 tokens and texts of 1 MB: it
+# ends the process where it gets less.
+_BUILD_BYTES, _BUILD_BYTES_PER_TOKEN = 16 << 20, 1600
+_ENCODE_BYTES, _ENCODE_BYTES_PER_CHAR = 8 << 20, 300
 _MAX_PIECE = 512  # characters of a SentencePiece piece: generating merges is quadratic in it
 
 
@@ -307,6 +312,7 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         if self.model == "llama":
             text = (_SPACE if self.adds_space else "") + text.replace(" ", _SPACE)
+        need_memory(_ENCODE_BYTES + _ENCODE_BYTES_PER_CHAR * len(text), "the tokenizer")
         ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -433,8 +439,11 @@ class Tokenizer:
                 field="tokenizer.ggml.pre",
             )
         merges = [(left, right) for left, _, right in [m.partition(" ") for m in _texts(metadata, "merges")]]
+        need_memory(_BUILD_BYTES + _BUILD_BYTES_PER_TOKEN * self.n_vocab, "the tokenizer")
         try:
             bpe = models.BPE(self._mergeable(), merges, ignore_merges=family.ignore_merges)
+        except MemoryError:
+            raise
         except Exception as error:  # the library raises plain Exception for a merge of unknown tokens
             raise _bad("merges", f"do not fit the tokens: {error}") from error
         tokenizer = HfTokenizer(bpe)
@@ -455,8 +464,11 @@ class Tokenizer:
         if unk is not None:
             vocab[unk] = unknown  # no merge leads to it; it stands for characters that have no byte tokens
         merges = _merges_from_scores(vocab, scores, self._types)
+        need_memory(_BUILD_BYTES + _BUILD_BYTES_PER_TOKEN * self.n_vocab, "the tokenizer")
         try:
             return HfTokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+        except MemoryError:
+            raise
         except Exception as error:
             raise _bad("tokens", f"make no vocabulary: {error}") from error
 

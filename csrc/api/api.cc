@@ -9,6 +9,7 @@
 #include "api/last_error.h"
 #include "api/pyengine.h"
 #include "base/cpu_count.h"
+#include "base/file_guard.h"
 #include "base/text.h"
 #include "gguf/limits.h"
 #include "gguf/reader.h"
@@ -196,6 +197,14 @@ pe_status pe_file_open(const char* path, pe_load load, pe_file** out) {
 }
 
 void pe_file_close(pe_file* file) { delete file; }
+
+pe_status pe_guard_mapped_files(void) {
+  return guarded([] { guard_mapped_files(); });
+}
+
+pe_status pe_file_check(const pe_file* file) {
+  return guarded([&] { not_null(file, "file").file->check_unchanged(); });
+}
 
 uint32_t pe_file_version(const pe_file* file) { return file ? file->file->version() : 0; }
 uint64_t pe_file_value_count(const pe_file* file) { return file ? file->file->values().size() : 0; }

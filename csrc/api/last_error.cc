@@ -1,5 +1,9 @@
 #include "api/last_error.h"
 
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
 namespace pe {
 
 namespace {
@@ -13,23 +17,82 @@ static_assert(static_cast<int>(Status::kOk) == PE_OK && static_cast<int>(Status:
               static_cast<int>(Status::kNumeric) == PE_E_NUMERIC && static_cast<int>(Status::kCpu) == PE_E_CPU &&
               static_cast<int>(Status::kInternal) == PE_E_INTERNAL);
 
-// The strings behind the pointers of `shown`.
+// A failure, and the strings behind its pointers.
 struct LastError {
   std::string field;
   std::string message;
   pe_error shown{PE_OK, "", UINT64_MAX, "", ""};
 };
 
-LastError& last() {
-  thread_local LastError error;
-  return error;
-}
+constexpr pe_error kNone{PE_OK, "", UINT64_MAX, "", ""};
+// What a thread shows that had not even the memory to describe its failure.
+constexpr pe_error kNoMemory{PE_E_MEMORY, "out_of_memory", UINT64_MAX, "", "there is not enough memory"};
+
+// Each thread's last failure, freed when the thread ends. Not thread_local: a C library may end the process when it
+// has no memory for a thread's first use of such a variable, or for its destructor, and failures are when memory is short.
+#ifdef _WIN32
+
+class Slot {
+ public:
+  LastError* get() { return &error_; }
+  LastError* make() { return &error_; }
+  void set_no_memory() { error_.shown = kNoMemory; }
+  bool no_memory() const { return false; }
+
+ private:
+  static thread_local LastError error_;
+};
+thread_local LastError Slot::error_;
+
+#else
+
+class Slot {
+ public:
+  Slot() : made_(pthread_key_create(&key_, [](void* p) { release(p); }) == 0) {}
+  ~Slot() {
+    if (!made_) return;
+    release(pthread_getspecific(key_));  // the thread that unloads the library
+    pthread_key_delete(key_);
+  }
+
+  // nullptr when there is none.
+  LastError* get() {
+    void* p = value();
+    return p == no_memory_mark() ? nullptr : static_cast<LastError*>(p);
+  }
+  LastError* make() {
+    if (LastError* known = get()) return known;
+    auto* made = new LastError;
+    if (made_ && pthread_setspecific(key_, made) == 0) return made;
+    delete made;
+    throw std::bad_alloc();
+  }
+  // Only of a thread that has none yet.
+  void set_no_memory() {
+    if (made_) pthread_setspecific(key_, no_memory_mark());
+  }
+  bool no_memory() const { return value() == no_memory_mark(); }
+
+ private:
+  static void* no_memory_mark() { return const_cast<pe_error*>(&kNoMemory); }
+  static void release(void* p) {
+    if (p != no_memory_mark()) delete static_cast<LastError*>(p);
+  }
+  void* value() const { return made_ ? pthread_getspecific(key_) : nullptr; }
+
+  pthread_key_t key_{};
+  bool made_;
+};
+
+#endif
+
+Slot slot;
 
 }  // namespace
 
 pe_status store_error(const Error& error) noexcept {
   try {
-    LastError& e = last();
+    LastError& e = *slot.make();
     e.field = error.field;
     e.message = error.message;
     e.shown = {static_cast<pe_status>(error.status), error.code, error.offset, e.field.c_str(), e.message.c_str()};
@@ -40,17 +103,25 @@ pe_status store_error(const Error& error) noexcept {
 }
 
 pe_status store_error(Status status, const char* code, const char* message) noexcept {
-  LastError& e = last();
+  const auto shown = static_cast<pe_status>(status);
   try {
+    LastError& e = *slot.make();
     e.message = message;
-    message = e.message.c_str();
+    e.shown = {shown, code, UINT64_MAX, "", e.message.c_str()};
   } catch (...) {
-    message = "there is not enough memory";
+    if (LastError* e = slot.get()) {
+      e->shown = {shown, code, UINT64_MAX, "", kNoMemory.message};
+    } else {
+      slot.set_no_memory();
+      return PE_E_MEMORY;
+    }
   }
-  e.shown = {static_cast<pe_status>(status), code, UINT64_MAX, "", message};
-  return e.shown.status;
+  return shown;
 }
 
 }  // namespace pe
 
-const pe_error* pe_last_error(void) { return &pe::last().shown; }
+const pe_error* pe_last_error(void) {
+  if (const pe::LastError* e = pe::slot.get()) return &e->shown;
+  return pe::slot.no_memory() ? &pe::kNoMemory : &pe::kNone;
+}

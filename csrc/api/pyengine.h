@@ -13,9 +13,13 @@
  *  - Strings are UTF-8 and NUL-terminated, paths too (on Windows they are converted to wide paths).
  *    A returned pointer is owned by the handle it came from and dies with it.
  *  - Threads: a pe_file and a pe_model are immutable once opened, any number of threads may use them. A pe_session
- *    belongs to one thread at a time, except pe_session_cancel, which any thread may call at any moment.
+ *    belongs to one thread at a time, except pe_session_cancel, which any thread may call at any moment. A model may be
+ *    closed at any moment, and a session freed while it evaluates (see pe_session_free).
+ *  - Fork: the parent goes on undisturbed. The child of a fork may use models and sessions that were idle at that moment,
+ *    without helper threads and without sharing between sessions; a session in use at the fork says so ("busy"). It may
+ *    free all of them, and open its own.
  *  - A call needs at most 256 KiB of the calling thread's stack.
- *  - The library prints nothing, never exits, installs no signal handlers.
+ *  - The library prints nothing, never exits, and installs no signal handler unless asked (pe_guard_mapped_files).
  *
  * A complete host:
  *
@@ -231,7 +235,7 @@ typedef struct pe_tensor {
 
 typedef enum pe_load {
   PE_LOAD_MMAP = 0, /* map the file: instant, shared between processes. If something else truncates the file while it is
-                        in use, the process gets SIGBUS, as with any mapping */
+                        in use, the process gets SIGBUS, as with any mapping, unless pe_guard_mapped_files was called */
   PE_LOAD_COPY = 1, /* read everything into private memory: immune to changes of the file */
   PE_LOAD_HEADER = 2 /* metadata and tensor table only, no tensor data */
 } pe_load;
@@ -240,6 +244,18 @@ typedef enum pe_load {
  * (-00001-of-0000N) all parts. PE_E_IO, PE_E_FORMAT, PE_E_UNSUPPORTED, PE_E_MEMORY. */
 pe_status pe_file_open(const char* path, pe_load load, pe_file** out);
 void pe_file_close(pe_file* file);
+
+/* Guards the files that are mapped from now on against what others do to them meanwhile. A file that is cut, overwritten
+ * in place or unreadable then is PE_E_IO "file_changed" from the next pe_session_eval that reads it (nothing of it counts,
+ * and no eval of that model succeeds any more) instead of SIGBUS or garbage; replacing a file by rename, or deleting
+ * it, harms nobody in any case. To that end every guarded file stays open, and a handler for SIGBUS is installed, once
+ * and for the life of the process: it puts zeros in the place of a guarded mapping whose pages are gone, and passes every
+ * other SIGBUS to the handler that was there before. A handler installed later must do the same with ours. Any thread
+ * may call it, any number of times. On Windows, where nobody can change a mapped file, it does nothing. */
+pe_status pe_guard_mapped_files(void);
+/* Whether a guarded file is still what was opened: to be asked after reading `data` of its tensors, which are zeros once
+ * it is not. Always PE_OK for files opened before pe_guard_mapped_files or otherwise than by mapping. PE_E_IO. */
+pe_status pe_file_check(const pe_file* file);
 
 uint32_t pe_file_version(const pe_file* file);
 uint64_t pe_file_value_count(const pe_file* file);
@@ -352,7 +368,8 @@ pe_status pe_shape_bytes(const pe_shape* shape, const pe_session_options* option
 
 /* `options` may be NULL. PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type, or head dimensions that do not fit it), PE_E_MEMORY. */
 pe_status pe_session_create(pe_model* model, const pe_session_options* options, pe_session** out);
-/* Must not be called while an eval of the same session is running in another thread. */
+/* May be called while another thread is inside a call on the session: that call is cancelled (PE_E_CANCELLED, unless it was
+ * about to succeed) and waited for. No call on the session may begin once this one has. */
 void pe_session_free(pe_session* session);
 
 /* Evaluates n tokens after those already in the session and writes the asked rows, n_vocab floats each, to `logits`
@@ -360,7 +377,8 @@ void pe_session_free(pe_session* session);
  * The logits depend on the file and the ids alone: not on threads, chunks, earlier truncations or the processor.
  * Failure keeps the session usable: pe_session_length says how many tokens it holds (a cancelled eval keeps the whole
  * chunks that were finished, any other failure none of its tokens).
- * PE_E_ARGUMENT, PE_E_CONTEXT_FULL (nothing evaluated), PE_E_CANCELLED, PE_E_NUMERIC. */
+ * PE_E_ARGUMENT, PE_E_CONTEXT_FULL (nothing evaluated), PE_E_CANCELLED, PE_E_NUMERIC, PE_E_IO (see
+ * pe_guard_mapped_files). */
 pe_status pe_session_eval(pe_session* session, const int32_t* tokens, size_t n, pe_logits want, float* logits,
                           size_t logits_count);
 

@@ -48,6 +48,7 @@ size_t to_size(uint64_t bytes) {
 struct Opened {
   intptr_t handle;
   uint64_t size;
+  int64_t modified;  // nanoseconds
 };
 
 #ifdef _WIN32
@@ -89,7 +90,7 @@ Opened open_file(const std::string& path) {
     close_file(handle);
     fail_io("not_regular_file", "'" + shown + "' is not a regular file");
   }
-  return {handle, static_cast<uint64_t>(size.QuadPart)};
+  return {handle, static_cast<uint64_t>(size.QuadPart), 0};
 }
 
 // Bytes read, 0 at the end of the file.
@@ -117,6 +118,8 @@ const std::byte* map_file(intptr_t handle, size_t) {
 
 void unmap_file(const std::byte* data, size_t) { UnmapViewOfFile(data); }
 
+bool is_as_opened(intptr_t, uint64_t, int64_t) { return true; }  // nobody can write to it
+
 void prefetch_pages(const std::byte* data, size_t size) {
   WIN32_MEMORY_RANGE_ENTRY range{const_cast<std::byte*>(data), size};
   PrefetchVirtualMemory(GetCurrentProcess(), 1, &range, 0);
@@ -125,6 +128,15 @@ void prefetch_pages(const std::byte* data, size_t size) {
 #else
 
 void close_file(intptr_t handle) { ::close(static_cast<int>(handle)); }
+
+int64_t modified_ns(const struct stat& info) {
+#ifdef __APPLE__
+  const timespec& time = info.st_mtimespec;
+#else
+  const timespec& time = info.st_mtim;
+#endif
+  return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+}
 
 Opened open_file(const std::string& path) {
   const std::string shown = printable(path);
@@ -147,7 +159,7 @@ Opened open_file(const std::string& path) {
     if (S_ISDIR(info.st_mode)) fail_io("is_directory", "'" + shown + "' is a directory, not a file");
     fail_io("not_regular_file", "'" + shown + "' is a pipe, socket or device, not a regular file");
   }
-  return {fd, static_cast<uint64_t>(info.st_size)};
+  return {fd, static_cast<uint64_t>(info.st_size), modified_ns(info)};
 }
 
 // Bytes read, 0 at the end of the file.
@@ -168,6 +180,12 @@ const std::byte* map_file(intptr_t handle, size_t size) {
 
 void unmap_file(const std::byte* data, size_t size) { ::munmap(const_cast<std::byte*>(data), size); }
 
+bool is_as_opened(intptr_t handle, uint64_t size, int64_t modified) {
+  struct stat now;
+  return ::fstat(static_cast<int>(handle), &now) == 0 && static_cast<uint64_t>(now.st_size) == size &&
+         modified_ns(now) == modified;
+}
+
 void prefetch_pages(const std::byte* data, size_t size) {
   ::posix_madvise(const_cast<std::byte*>(data), size, POSIX_MADV_WILLNEED);
 }
@@ -184,6 +202,7 @@ MappedFile MappedFile::open(const std::string& path) {
   MappedFile file;
   file.handle_ = opened.handle;
   file.size_ = opened.size;
+  file.modified_ = opened.modified;
   if (file.size_ == 0) {
     throw Error(Status::kFormat, "empty_file", "'" + printable(path) + "' is empty: download it again", {}, 0);
   }
@@ -203,20 +222,29 @@ MappedFile::MappedFile(MappedFile&& other) noexcept { *this = std::move(other); 
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(size_, other.size_);
+  std::swap(modified_, other.modified_);
   std::swap(data_, other.data_);
   std::swap(borrowed_, other.borrowed_);
   std::swap(mapped_, other.mapped_);
   std::swap(handle_, other.handle_);
   std::swap(copy_, other.copy_);
+  std::swap(guarded_, other.guarded_);
   return *this;
 }
 
 MappedFile::~MappedFile() {
+  if (guarded_) release_range(guarded_);
+  guarded_ = nullptr;
   if (mapped_) unmap_file(data_, static_cast<size_t>(size_));
   close_handle();
 }
 
+bool MappedFile::changed() const {
+  return guarded_ && (range_lost(*guarded_) || !is_as_opened(handle_, size_, modified_));
+}
+
 void MappedFile::close_handle() noexcept {
+  if (guarded_) return;
   if (handle_ != -1) close_file(handle_);
   handle_ = -1;
 }
@@ -243,6 +271,7 @@ void MappedFile::map() {
   if (data_) return;
   data_ = map_file(handle_, to_size(size_));
   mapped_ = true;
+  if (mapped_files_guarded()) guarded_ = guard_range(data_, static_cast<size_t>(size_));
 }
 
 void MappedFile::copy(uint64_t end, const Progress& progress) {

@@ -8,12 +8,13 @@
 #include <string>
 
 #include "base/aligned_buffer.h"
+#include "base/file_guard.h"
 
 namespace pe {
 
 // A regular, non-empty file that is open for reading. Its size is fixed when it is opened; if the file is found shorter
 // later, read_at and copy fail with "file_changed". Reading through map() after something else truncated the file is
-// SIGBUS, as with any mapping; copy() is the safe way.
+// SIGBUS, as with any mapping; copy() is the safe way, and guard_mapped_files() (file_guard.h) the other one.
 class MappedFile {
  public:
   // Called with 0..1 while copying; returning true stops it with Error(kCancelled).
@@ -41,18 +42,24 @@ class MappedFile {
   void copy(uint64_t end, const Progress& progress = {});
   // Tells the operating system that the whole mapping will be read soon.
   void prefetch() const;
-  // Gives the file handle back; data() stays. read_at, map and copy need it.
+  // Gives the file handle back, unless a guarded mapping is watched through it; data() stays. read_at, map and copy need
+  // the handle.
   void close_handle() noexcept;
+  // Whether a guarded mapping is no longer what was opened: its pages went, or the file has been written to since.
+  // What was read before the call is sound when the answer is no. Always no for files that are not guarded.
+  bool changed() const;
 
  private:
   MappedFile() = default;
 
   uint64_t size_ = 0;
+  int64_t modified_ = 0;  // when it was opened, in nanoseconds
   const std::byte* data_ = nullptr;
   bool borrowed_ = false;
   bool mapped_ = false;
   intptr_t handle_ = -1;  // a file descriptor, or a Windows HANDLE
   AlignedBuffer copy_;
+  GuardedRange* guarded_ = nullptr;
 };
 
 }  // namespace pe

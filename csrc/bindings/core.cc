@@ -6,10 +6,13 @@
 #include <pybind11/stl.h>  // std::optional
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -44,6 +47,48 @@ void check(pe_status status) {
 
 [[noreturn]] void raise_closed(const char* what) {
   raise_argument("closed", std::string("this ") + what + " is closed");
+}
+
+// ---- the GIL ----
+
+// A thread that asks for the GIL while the interpreter ends is unwound by force, through frames that cannot be: the
+// process would abort. So when the interpreter begins to end, threads coming back from the engine stay where they are, until
+// the process is gone (Python 3.14 does the same with all of them).
+std::atomic<unsigned long> ending_thread{0};  // the one that ends the interpreter; it may go on
+std::atomic<int> taking{0};                   // threads about to take the GIL
+
+class TakingGil {
+ public:
+  TakingGil() {
+    ++taking;
+    const unsigned long ending = ending_thread;
+    if (ending == 0 || ending == PyThread_get_thread_ident()) return;
+    --taking;
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+  ~TakingGil() { --taking; }
+  TakingGil(const TakingGil&) = delete;
+  TakingGil& operator=(const TakingGil&) = delete;
+};
+
+// Called by atexit, while the other threads still run: lets those have the GIL that are waiting for it already. At most a
+// second: in the child of a fork they may not exist.
+void end_threads() {
+  ending_thread = PyThread_get_thread_ident();
+  for (int i = 0; taking > 0 && i < 1000; ++i) {
+    py::gil_scoped_release unlocked;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+// Runs `call`, which must not throw, without the GIL.
+template <typename Call>
+auto without_gil(Call call) {
+  PyThreadState* const state = PyEval_SaveThread();
+  const auto result = call();
+  const TakingGil now;
+  PyEval_RestoreThread(state);
+  return result;
 }
 
 template <typename T, void (*Free)(T*)>
@@ -114,11 +159,7 @@ class File {
  public:
   static File open(const std::string& path, int load) {
     pe_file* raw = nullptr;
-    pe_status status;
-    {
-      py::gil_scoped_release unlocked;
-      status = pe_file_open(path.c_str(), static_cast<pe_load>(load), &raw);
-    }
+    const pe_status status = without_gil([&] { return pe_file_open(path.c_str(), static_cast<pe_load>(load), &raw); });
     check(status);
     auto handle = std::make_shared<FileHandle>(raw);
     return File(handle, raw);
@@ -126,6 +167,7 @@ class File {
   File(std::shared_ptr<void> owner, const pe_file* raw) : owner_(std::move(owner)), raw_(raw) {}
 
   void close() { owner_.reset(), raw_ = nullptr; }
+  void check_unchanged() const { check(pe_file_check(raw())); }
   uint32_t version() const { return pe_file_version(raw()); }
 
   py::list keys() const {
@@ -190,7 +232,11 @@ struct Progress {
 
   static int32_t hook(void* self, float fraction) {
     auto* p = static_cast<Progress*>(self);
-    py::gil_scoped_acquire locked;
+    std::optional<py::gil_scoped_acquire> locked;
+    {
+      const TakingGil now;
+      locked.emplace();
+    }
     try {
       return p->call(fraction).is(py::bool_(false)) ? 1 : 0;  // False cancels, None goes on
     } catch (py::error_already_set& e) {
@@ -217,11 +263,7 @@ class Model {
       options.user = &carrier;
     }
     pe_model* raw = nullptr;
-    pe_status status;
-    {
-      py::gil_scoped_release unlocked;
-      status = pe_model_open(path.c_str(), &options, &raw);
-    }
+    const pe_status status = without_gil([&] { return pe_model_open(path.c_str(), &options, &raw); });
     if (carrier.error) {
       pe_model_close(raw);
       throw std::move(*carrier.error);
@@ -294,11 +336,7 @@ class Session {
     n_vocab_ = info.n_vocab;
     const pe_session_options o = session_options(n_ctx, threads, prefill, kv, chunk);
     pe_session* raw = nullptr;
-    pe_status status;
-    {
-      py::gil_scoped_release unlocked;
-      status = pe_session_create(model_->raw, &o, &raw);
-    }
+    const pe_status status = without_gil([&] { return pe_session_create(model_->raw, &o, &raw); });
     check(status);
     handle_ = std::make_shared<SessionHandle>(raw);
   }
@@ -307,8 +345,10 @@ class Session {
     if (handle_) pe_session_cancel(handle_->raw);
     std::shared_ptr<SessionHandle> last = std::move(handle_);
     handle_.reset();
-    py::gil_scoped_release unlocked;
-    last.reset();
+    without_gil([&] {
+      last.reset();
+      return 0;
+    });
   }
   // Into `given` [>= rows][n_vocab], or a new array [rows][n_vocab].
   py::array_t<float> eval(const IdArray& tokens, int want, std::optional<Row> given) {
@@ -321,11 +361,7 @@ class Session {
     // A private copy: another Python thread could resize or write the caller's array while the GIL is released.
     const std::vector<int32_t> ids(tokens.data(), tokens.data() + n);
     float* logits = rows ? out.mutable_data() : nullptr;
-    pe_status status;
-    {
-      py::gil_scoped_release unlocked;
-      status = pe_session_eval(keep->raw, ids.data(), n, static_cast<pe_logits>(want), logits, rows * n_vocab_);
-    }
+    const pe_status status = without_gil([&] { return pe_session_eval(keep->raw, ids.data(), n, static_cast<pe_logits>(want), logits, rows * n_vocab_); });
     check(status);
     return out;
   }
@@ -353,11 +389,7 @@ class Session {
     const std::shared_ptr<SessionHandle> keep = handle();
     const std::vector<int32_t> ids(tokens.data(), tokens.data() + tokens.size());
     size_t kept = 0;
-    pe_status status;
-    {
-      py::gil_scoped_release unlocked;
-      status = pe_session_reuse(keep->raw, ids.data(), ids.size(), &kept);
-    }
+    const pe_status status = without_gil([&] { return pe_session_reuse(keep->raw, ids.data(), ids.size(), &kept); });
     check(status);
     return kept;
   }
@@ -447,11 +479,7 @@ py::tuple top_k(const Row& logits, size_t k) {
   std::vector<int32_t> ids(room);
   std::vector<float> values(room);
   size_t found = 0;
-  pe_status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = pe_top_k(logits.data(), n, room, ids.data(), values.data(), &found);
-  }
+  const pe_status status = without_gil([&] { return pe_top_k(logits.data(), n, room, ids.data(), values.data(), &found); });
   check(status);
   Longs out_ids(static_cast<py::ssize_t>(found));
   Doubles out_values(static_cast<py::ssize_t>(found));
@@ -469,12 +497,7 @@ Doubles exp_nonpositive(const Doubles& x) {
 double softmax_sum(const Row& logits, double peak, const IdArray& ids, const Doubles& values) {
   if (ids.size() != values.size()) throw py::value_error("one value for each id");
   double sum = 0.0;
-  pe_status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = pe_softmax_sum(logits.data(), static_cast<size_t>(logits.size()), peak, ids.data(), values.data(),
-                            static_cast<size_t>(ids.size()), &sum);
-  }
+  const pe_status status = without_gil([&] { return pe_softmax_sum(logits.data(), static_cast<size_t>(logits.size()), peak, ids.data(), values.data(), static_cast<size_t>(ids.size()), &sum); });
   check(status);
   return sum;
 }
@@ -494,11 +517,7 @@ using Bytes = py::array_t<uint8_t, py::array::c_style>;
 FloatArray dequantise(int type, const Bytes& src, size_t rows, size_t cols) {
   FloatArray out({rows, cols});
   float* dst = out.mutable_data();
-  pe_status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = pe_dequantise_rows(type, src.data(), static_cast<size_t>(src.size()), rows, cols, dst, rows * cols);
-  }
+  const pe_status status = without_gil([&] { return pe_dequantise_rows(type, src.data(), static_cast<size_t>(src.size()), rows, cols, dst, rows * cols); });
   check(status);
   return out;
 }
@@ -511,11 +530,7 @@ Bytes quantise(int type, const FloatArray& src, size_t row_bytes, uint32_t threa
   const float* weights = importance ? importance->data() : nullptr;
   Bytes out({rows, row_bytes});
   uint8_t* dst = out.mutable_data();
-  pe_status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = pe_quantise_rows(type, src.data(), rows * cols, rows, cols, weights, dst, rows * row_bytes, threads);
-  }
+  const pe_status status = without_gil([&] { return pe_quantise_rows(type, src.data(), rows * cols, rows, cols, weights, dst, rows * row_bytes, threads); });
   check(status);
   return out;
 }
@@ -542,11 +557,7 @@ FloatArray linear(const std::string& tier, int type, const Bytes& w, size_t rows
   const auto tokens = static_cast<size_t>(x.shape(0));
   FloatArray out({tokens, rows});
   float* y = out.mutable_data();
-  pe_status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = pe_linear(tier.c_str(), type, w.data(), static_cast<size_t>(w.size()), rows, cols, x.data(), tokens, y);
-  }
+  const pe_status status = without_gil([&] { return pe_linear(tier.c_str(), type, w.data(), static_cast<size_t>(w.size()), rows, cols, x.data(), tokens, y); });
   check(status);
   return out;
 }
@@ -559,12 +570,7 @@ FloatArray attend(const std::string& tier, int kv, const Bytes& keys, const Byte
   const auto dim = static_cast<size_t>(q.shape(1));
   if (keys.size() != values.size()) throw py::value_error("as many bytes of values as of keys");
   float* y = out.mutable_data();
-  pe_status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = pe_attend(tier.c_str(), kv, keys.data(), values.data(), static_cast<size_t>(keys.size()), n_keys, dim,
-                       q.data(), heads, y);
-  }
+  const pe_status status = without_gil([&] { return pe_attend(tier.c_str(), kv, keys.data(), values.data(), static_cast<size_t>(keys.size()), n_keys, dim, q.data(), heads, y); });
   check(status);
   return out;
 }
@@ -636,6 +642,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("default_threads", &pe_default_threads);
   m.def("cpus", &cpus);
   m.def("measure_limits", &measure_limits, py::arg("threads"), py::arg("bytes"));
+  m.def("guard_mapped_files", [] { check(pe_guard_mapped_files()); });
+  py::module_::import("atexit").attr("register")(py::cpp_function(&end_threads));
   m.def("top_k", &top_k, py::arg("logits").noconvert(), py::arg("k"));
   m.def("exp", &exp_nonpositive, py::arg("x").noconvert());
   m.def("softmax_sum", &softmax_sum, py::arg("logits").noconvert(), py::arg("peak"), py::arg("ids").noconvert(),
@@ -649,6 +657,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<File>(m, "File")
       .def_static("open", &File::open, py::arg("path"), py::arg("load"))
       .def("close", &File::close)
+      .def("check_unchanged", &File::check_unchanged)
       .def("version", &File::version)
       .def("keys", &File::keys)
       .def("value_type", &File::value_type, py::arg("key"))

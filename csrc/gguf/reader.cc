@@ -192,6 +192,16 @@ const TensorInfo* File::find_tensor(std::string_view name) const {
   return it != by_name_.end() && tensors_[*it].name == name ? &tensors_[*it] : nullptr;
 }
 
+void File::check_unchanged() const {
+  for (size_t i = 0; i < parts_.size(); ++i) {
+    if (!parts_[i].changed()) continue;
+    const std::string which =
+        parts_.size() > 1 ? "part " + std::to_string(i + 1) + " of the model file" : "the model file";
+    throw Error(Status::kIo, "file_changed",
+                which + " was cut or overwritten while it was in use: open it again once it is complete");
+  }
+}
+
 void File::prefetch() const {
   for (const MappedFile& part : parts_) part.prefetch();
 }

@@ -62,6 +62,10 @@ class File {
   // Starts reading all mapped weights into the page cache.
   void prefetch() const;
 
+  // Throws Error kIo "file_changed" when a guarded mapping (base/file_guard.h) is no longer what was opened: to be called
+  // after reading tensor data, before the result counts.
+  void check_unchanged() const;
+
  private:
   File() = default;
   void add_part(MappedFile file, Header* header, Load load, const Progress& progress);

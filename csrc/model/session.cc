@@ -61,7 +61,9 @@ class Session::Use {
  public:
   explicit Use(Session& s) : busy_(s.busy_) {
     if (busy_.exchange(true, std::memory_order_acquire))
-      throw Error(Status::kArgument, "busy", "the session is in use by another thread");
+      throw Error(Status::kArgument, "busy",
+                  s.pool_.abandoned() ? "the session was in use when this process was forked: create another one"
+                                      : "the session is in use by another thread");
   }
   Use(const Use&) = delete;
   Use& operator=(const Use&) = delete;
@@ -124,9 +126,14 @@ void Session::eval(const int32_t* tokens, size_t n, Want want, float* logits) {
     const bool wanted = want == Want::kAll || (want == Want::kLast && last);
     float* rows = wanted ? logits + (want == Want::kAll ? done * n_vocab : 0) : nullptr;
     eval_chunk(tokens + done, m, first_row, rows);
+    try {
+      model_->file()->check_unchanged();
+    } catch (...) {
+      forget(before);
+      throw;
+    }
     if (rows && !model_->kernels().all_finite(rows, (m - first_row) * n_vocab)) {
-      sequence_.resize(before);
-      if (inputs_) inputs_->clear();
+      forget(before);
       throw Error(
           Status::kNumeric, "not_finite",
           "the logits contain NaN or infinity: the weights in this file are damaged (download it again), or its keys "
@@ -163,6 +170,12 @@ void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, floa
     throw_cancelled();
   }
   sequence_.append(tokens, n);
+}
+
+// After an evaluation of which nothing counts.
+void Session::forget(size_t n) {
+  sequence_.resize(n);
+  if (inputs_) inputs_->clear();
 }
 
 void Session::observe(bool on) {

@@ -47,7 +47,7 @@ class Session {
   ~Session();
 
   // See pe_session_eval. logits: [1 or n][n_vocab], nullptr with kNone.
-  // Throws Error: kArgument (no tokens, id out of range, in use by another thread), kContextFull, kCancelled, kNumeric.
+  // Throws Error: kArgument (no tokens, id out of range, in use by another thread), kContextFull, kCancelled, kNumeric, kIo.
   void eval(const int32_t* tokens, size_t n, Want want, float* logits);
   void truncate(size_t n);
   size_t reuse(const int32_t* tokens, size_t n);
@@ -71,6 +71,7 @@ class Session {
  private:
   class Use;  // marks the session as in use for the length of a call
   void eval_chunk(const int32_t* tokens, size_t n, size_t first_row, float* logits);
+  void forget(size_t n);
 
   std::shared_ptr<const Model> model_;
   SessionOptions options_;  // without zeros

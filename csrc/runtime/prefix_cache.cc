@@ -52,14 +52,20 @@ uint64_t PrefixCache::hash_of(uint64_t seed, const int32_t* tokens) {
   return h;
 }
 
+PrefixCache::~PrefixCache() {
+  if (!mutex_.at_home()) static_cast<void>(known_.release());  // whoever was changing it does not exist here
+}
+
 void PrefixCache::add(Sequence& sequence) {
+  if (!mutex_.at_home()) return;
   const std::lock_guard lock(mutex_);
-  living_.push_back(&sequence);
+  known_->living.push_back(&sequence);
 }
 
 void PrefixCache::remove(Sequence& sequence) {
+  if (!mutex_.at_home()) return;
   const std::lock_guard lock(mutex_);
-  std::erase(living_, &sequence);
+  std::erase(known_->living, &sequence);
 }
 
 size_t PrefixCache::bytes() const {
@@ -68,7 +74,7 @@ size_t PrefixCache::bytes() const {
 }
 
 PrefixCache::Block* PrefixCache::find(const Block* before, uint64_t hash, Kv type, const int32_t* tokens) {
-  const auto [begin, end] = blocks_.equal_range(hash);
+  const auto [begin, end] = known_->blocks.equal_range(hash);
   for (auto it = begin; it != end; ++it) {
     Block& b = *it->second;
     if (b.before == before && b.type == type && std::equal(b.tokens.begin(), b.tokens.end(), tokens)) return &b;
@@ -80,21 +86,22 @@ PrefixCache::Block* PrefixCache::find(const Block* before, uint64_t hash, Kv typ
 bool PrefixCache::make_room(size_t bytes) {
   if (bytes > max_bytes_) return false;
   while (bytes_ > max_bytes_ - bytes) {
-    auto oldest = blocks_.end();
-    for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
+    auto oldest = known_->blocks.end();
+    for (auto it = known_->blocks.begin(); it != known_->blocks.end(); ++it) {
       const Block& b = *it->second;
-      if (b.followers == 0 && b.used < clock_ && (oldest == blocks_.end() || b.used < oldest->second->used))
+      if (b.followers == 0 && b.used < clock_ && (oldest == known_->blocks.end() || b.used < oldest->second->used))
         oldest = it;
     }
-    if (oldest == blocks_.end()) return false;
+    if (oldest == known_->blocks.end()) return false;
     bytes_ -= oldest->second->data.size();
     if (oldest->second->before) --oldest->second->before->followers;
-    blocks_.erase(oldest);
+    known_->blocks.erase(oldest);
   }
   return true;
 }
 
 void PrefixCache::keep(Sequence& sequence) noexcept {
+  if (!mutex_.at_home()) return;
   try {
     const std::lock_guard lock(mutex_);
     ++clock_;
@@ -117,7 +124,7 @@ void PrefixCache::keep(Sequence& sequence) noexcept {
         each_run(sequence.kv, made->data.data(), at, at, at + kBlock,
                  [](const uint8_t* cache, std::byte* kept, size_t n) { std::memcpy(kept, cache, n); });
         block = made.get();
-        blocks_.emplace(hash, std::move(made));
+        known_->blocks.emplace(hash, std::move(made));
         bytes_ += size;
         if (before) ++before->followers;
       }
@@ -129,6 +136,7 @@ void PrefixCache::keep(Sequence& sequence) noexcept {
 }
 
 size_t PrefixCache::extend(Sequence& to, const int32_t* tokens, size_t n) {
+  if (!mutex_.at_home()) return to.tokens.size();
   const std::lock_guard lock(mutex_);
   ++clock_;
   const size_t held = to.tokens.size();
@@ -146,7 +154,7 @@ size_t PrefixCache::extend(Sequence& to, const int32_t* tokens, size_t n) {
   }
   // The last block may be known, by its beginning, from a text that went on otherwise; those tokens are not worth a search.
   size_t known = std::max(held, path.size() * kBlock);
-  for (Sequence* other : living_) {
+  for (Sequence* other : known_->living) {
     if (other == &to || other->kv.shape().type != type) continue;
     const std::lock_guard stay(other->mutex);
     const std::vector<int32_t>& theirs = other->tokens;

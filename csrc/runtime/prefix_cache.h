@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "base/process.h"
 #include "runtime/kv_cache.h"
 
 namespace pe {
@@ -36,9 +37,10 @@ struct Sequence {
   }
   // While it is held no token goes away, so that other threads may copy the keys and values of those there are.
   // An evaluation writes behind them, and appends its tokens when it is done.
-  std::mutex mutex;
+  ProcessMutex mutex;
 };
 
+// In the child of a fork it knows nothing and keeps nothing: another thread may have left it half-way.
 class PrefixCache {
  public:
   static constexpr size_t kBlock = 64;                              // tokens
@@ -49,6 +51,7 @@ class PrefixCache {
 
   // `max_bytes` of keys and values are kept of what sessions let go.
   explicit PrefixCache(size_t max_bytes, Hash hash = hash_of) : max_bytes_(max_bytes), hash_(hash) {}
+  ~PrefixCache();
 
   // From now on others may copy from the sequence; its kv types and head dimensions are those of one model.
   void add(Sequence& sequence);
@@ -74,14 +77,18 @@ class PrefixCache {
     AlignedBuffer data;    // [layer][kv head][kBlock][row], keys, then values
   };
 
+  struct Known {
+    std::vector<Sequence*> living;
+    std::unordered_multimap<uint64_t, std::unique_ptr<Block>> blocks;
+  };
+
   Block* find(const Block* before, uint64_t hash, Kv type, const int32_t* tokens);
   bool make_room(size_t bytes);
 
   const size_t max_bytes_;
   const Hash hash_;
-  mutable std::mutex mutex_;  // taken before any Sequence's
-  std::vector<Sequence*> living_;
-  std::unordered_multimap<uint64_t, std::unique_ptr<Block>> blocks_;
+  mutable ProcessMutex mutex_;  // taken before any Sequence's
+  std::unique_ptr<Known> known_ = std::make_unique<Known>();
   size_t bytes_ = 0;
   uint64_t clock_ = 0;
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import signal
@@ -15,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
-from pyengine.errors import ContextFull, EngineError, InvalidArgument
+from pyengine.errors import ContextFull, EngineError, InvalidArgument, OutOfMemory
+from pyengine.gguf_file import guard_mapped_files
 
 EXIT_OK = 0
 EXIT_ERROR = 1  # the file, the model, the machine
@@ -32,8 +34,12 @@ class UsageError(Exception):
 
 
 def run_command(name: str, command: Callable[[], int], *, debug: bool = False) -> int:
-    """Runs a command and turns every failure into one message on stderr and an exit code."""
+    """Runs a command and turns every failure into one message on stderr and an exit code.
+
+    That includes a model file that is cut or overwritten meanwhile.
+    """
     try:
+        guard_mapped_files()
         code = command()
         sys.stdout.flush()
         return code
@@ -54,8 +60,22 @@ def run_command(name: str, command: Callable[[], int], *, debug: bool = False) -
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         return _fail(name, f"error: {what}", EXIT_ERROR, debug)
     except Exception as error:
+        if _is_refused_memory(error):
+            return _fail(name, "error: out of memory", EXIT_ERROR, debug)
         hint = "" if debug else "; --debug shows where"
         return _fail(name, f"internal error: {type(error).__name__}: {error}{hint}", EXIT_ERROR, debug)
+
+
+def _is_refused_memory(error: BaseException | None) -> bool:
+    """Whether an exception of another kind, or what led to it, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        words = ("new thread", "map segment", "allocate memory")  # RuntimeError of threading, ImportError of the loader
+        if isinstance(error, RuntimeError | ImportError) and any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def describe(error: EngineError) -> str:
@@ -294,7 +314,10 @@ def in_background(
             results.put((done, error))
 
     worker = threading.Thread(target=produce, name="pyengine-generate", daemon=True)
-    worker.start()
+    try:
+        worker.start()
+    except RuntimeError as error:
+        raise OutOfMemory("not enough memory: the system refuses a thread", code="thread_create") from error
     try:
         while True:
             try:

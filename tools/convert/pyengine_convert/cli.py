@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from pyengine.cli.common import run_command
 from pyengine.cli.models import model_file
 from pyengine.errors import EngineError, InvalidArgument
 
@@ -28,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return inspect.main(arguments[1:])
     args = _parser().parse_args(arguments)
+    return run_command("pyengine-convert", lambda: _convert(args))
+
+
+def _convert(args: argparse.Namespace) -> int:
     try:
         from pyengine_convert import convert  # after parsing: --help works without the extra packages
 

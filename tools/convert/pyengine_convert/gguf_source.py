@@ -92,7 +92,7 @@ def plan_tensors(
             shape,
             kind,
             tensor.type_name,
-            partial(_packed, tensor, data),
+            partial(_packed, file, tensor, data),
             source=tensor.type_name,
             note=note,
             importance=weights,
@@ -100,6 +100,8 @@ def plan_tensors(
         )
 
 
-def _packed(tensor: TensorInfo, data: Packed, start: int, count: int) -> Packed:
+def _packed(file: GgufFile, tensor: TensorInfo, data: Packed, start: int, count: int) -> Packed:
     size = quant.find(tensor.type_name).row_bytes(tensor.cols)
-    return data[start * size : (start + count) * size].reshape(count, size)
+    packed = data[start * size : (start + count) * size].copy()  # what is checked is what will be written
+    file.check_unchanged()
+    return packed.reshape(count, size)

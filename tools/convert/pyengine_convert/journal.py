@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,19 @@ class Journal:
 
 
 def read(path: Path, identity: str) -> State:
-    """The last checkpoint; the beginning where there is no journal. Errors: ``FileError`` when it is not of the
-    conversion ``identity``."""
+    """The last checkpoint; the beginning where there is no journal, or none that got as far as its first line. Errors:
+    ``FileError`` when it is not of the conversion ``identity``."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return State()
-    parsed = [json.loads(line) for line in lines]
-    if not parsed or parsed[0].get("conversion") != identity:
+    if not lines:  # a full disk
+        return State()
+    parsed = []
+    with suppress(ValueError):  # damaged from there on
+        for line in lines:
+            parsed.append(json.loads(line))
+    if not parsed or not isinstance(parsed[0], dict) or parsed[0].get("conversion") != identity:
         raise FileError(
             f"{path} belongs to a conversion of another source or with other options; start again without --resume",
             code="other_conversion",

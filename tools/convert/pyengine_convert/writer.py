@@ -117,14 +117,29 @@ def write(
             size = sum(volume.path.stat().st_size for volume in volumes)
             verify(volumes[0].path, volumes[0].keys, tensors, state.checks)
             _check_targets(volumes, force)
-            for volume in reversed(volumes):
-                os.replace(volume.path, volume.final)
+            _publish(volumes)
             _sync_folder(out.parent)
         except OSError as error:
             if isinstance(error, FileError):
                 raise
             raise FileError(f"cannot write {out}: {error.strerror or error}", code="cannot_write") from error
     return Written([volume.final for volume in volumes], size, state.losses)
+
+
+def _publish(volumes: Sequence[_Volume]) -> None:
+    """Gives the files their names, the one that opens the model last; all or none."""
+    if len(volumes) > 1:  # an older first part must not be seen with newer others
+        volumes[0].final.unlink(missing_ok=True)
+    named = []
+    try:
+        for volume in reversed(volumes):
+            os.replace(volume.path, volume.final)
+            named.append(volume)
+    except OSError:
+        for volume in named:
+            with suppress(OSError):
+                os.replace(volume.final, volume.path)
+        raise
 
 
 def _volumes(out: Path, keys: KeyValues, tensors: Sequence[PlannedTensor], split: int | None) -> list[_Volume]:
@@ -236,7 +251,10 @@ def _temporary(out: Path, resume: bool) -> Iterator[None]:
                 raise FileError(f"another conversion has just written {out}", code="busy")
         owned = True
         if not resume:
-            _remove_remains(out)
+            try:
+                _remove_remains(out)
+            except OSError as error:
+                raise FileError(f"cannot write {out}: {error.strerror}", code="cannot_write") from error
         yield
     except KeyboardInterrupt:
         keep = resume
@@ -245,16 +263,19 @@ def _temporary(out: Path, resume: bool) -> Iterator[None]:
         keep = resume
         raise
     finally:
+        # What cannot be removed stays, and the failure that led here is told.
         if owned and not keep:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 part.unlink()
-            _remove_remains(out)
-        os.close(lock)
+            with suppress(OSError):
+                _remove_remains(out)
+        with suppress(OSError):
+            os.close(lock)
 
 
 def _remove_remains(out: Path) -> None:
-    _journal_name(out).unlink(missing_ok=True)
     shutil.rmtree(_folder_name(out), ignore_errors=True)
+    _journal_name(out).unlink(missing_ok=True)
 
 
 def _write_header(volume: _Volume) -> int:
