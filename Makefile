@@ -7,9 +7,10 @@ PROMPT ?= Tom has 48 apples and buys 27 more. How many apples does he have now?
 BIN     = $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 CHECKS := $(wildcard tests/*/*_check.cc) benchmarks/limits.cc
+comma = ,
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast test-offline hostile-text tokenizers convert-faults wheel wheel-check clean
+.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast test-offline hostile-text tokenizers convert-faults valgrind faults concurrency wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
 	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
@@ -65,19 +66,45 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc tests benchmarks examples -name '*.cc' -o -name '*.h' -o -name '*.c')
 
-sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer + UndefinedBehaviorSanitizer, the pool under ThreadSanitizer
-	$(BIN)/cmake -S . -B build/asan -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/asan
-	build/asan/checks/kernel_check --shapes 40
+DEMO = pyengine/data/demo-q8_0.gguf
+# The C++ checks built with sanitizers: $(call sanitized,FOLDER,SANITIZERS,CHECKS)
+sanitized = $(BIN)/cmake -S . -B build/$(1) -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_SANITIZE=$(2) && \
+  $(BIN)/cmake --build build/$(1) $(addprefix --target ,$(3))
+
+sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer (leaks too) + UndefinedBehaviorSanitizer, those with threads under ThreadSanitizer
+	$(call sanitized,asan,address$(comma)undefined,$(notdir $(basename $(wildcard tests/*/*_check.cc))))
+	build/asan/checks/kernel_check --shapes 8
 	build/asan/checks/ops_check
 	build/asan/checks/attention_check
 	build/asan/checks/pool_check
-	build/asan/checks/prefix_check pyengine/data/demo-q8_0.gguf
+	build/asan/checks/prefix_check $(DEMO)
+	build/asan/checks/fault_check --every 20 $(DEMO)
+	build/asan/checks/concurrency_check $(DEMO)
 	PYENGINE_CHECKS_DIR=build/asan/checks $(BIN)/python -m pytest tests/gguf -k "damage or cut or copying or typed"
-	$(BIN)/cmake -S . -B build/tsan -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_SANITIZE=thread
-	$(BIN)/cmake --build build/tsan --target pool_check --target prefix_check
+	$(call sanitized,tsan,thread,pool_check prefix_check concurrency_check)
 	build/tsan/checks/pool_check
-	build/tsan/checks/prefix_check pyengine/data/demo-q8_0.gguf
+	build/tsan/checks/prefix_check $(DEMO)
+	build/tsan/checks/concurrency_check $(DEMO)
+
+VALGRIND = valgrind -q --error-exitcode=99 --leak-check=full --show-leak-kinds=all --errors-for-leak-kinds=all
+valgrind: $(VENV)/.test  ## the C program of the embedding test under valgrind: no error, nothing left allocated
+	@command -v valgrind > /dev/null || { echo "valgrind is missing: on Debian, apt-get install valgrind"; exit 1; }
+	$(CC) -std=c99 -g -Icsrc/api tests/api/embed.c build/libpyengine.so -Wl,-rpath,$(CURDIR)/build -o build/embed
+	$(VALGRIND) build/embed $(DEMO) 12 1 5 6 7 8 9
+	PYENGINE_ISA=scalar $(VALGRIND) build/embed $(DEMO) 12 1 5 6 7 8 9
+
+faults: $(VENV)/.test  ## every allocation, 3,000 failing writes, 800 kills, 400 changed model files, every limit of memory (long)
+	$(call sanitized,asan,address$(comma)undefined,fault_check)
+	build/checks/fault_check $(DEMO)
+	build/asan/checks/fault_check $(DEMO)
+	$(BIN)/python -m tests.faults.writes
+	$(BIN)/python -m tests.faults.changed
+	$(BIN)/python -m tests.faults.memory
+
+concurrency: $(VENV)/.test  ## 10,000 generations under ThreadSanitizer, 10,000 cancels, 2,000 destroys, 10,000 cycles (long)
+	$(call sanitized,tsan,thread,concurrency_check)
+	build/checks/concurrency_check $(DEMO) generations=10000 cancels=10000 destroys=2000 cycles=10000 forks=1000 changes=400
+	build/tsan/checks/concurrency_check $(DEMO) generations=10000 cancels=1000 destroys=200 cycles=200 changes=60
 
 limits: $(VENV)/.test  ## what this machine can do at most: memory, arithmetic, barriers
 	build/checks/limits

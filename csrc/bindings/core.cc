@@ -282,11 +282,7 @@ class Model {
   uint64_t fingerprint() const {
     const std::shared_ptr<ModelHandle> keep = handle();
     uint64_t out = 0;
-    pe_status status;
-    {
-      py::gil_scoped_release unlocked;
-      status = pe_model_fingerprint(keep->raw, &out);
-    }
+    const pe_status status = without_gil([&] { return pe_model_fingerprint(keep->raw, &out); });
     check(status);
     return out;
   }
@@ -404,11 +400,7 @@ class Session {
     const uint64_t size = state_bytes(n);
     py::array_t<uint8_t> out(static_cast<py::ssize_t>(size));
     uint8_t* data = out.mutable_data();
-    pe_status status;
-    {
-      py::gil_scoped_release unlocked;
-      status = pe_session_save(keep->raw, first, n, data, size);
-    }
+    const pe_status status = without_gil([&] { return pe_session_save(keep->raw, first, n, data, size); });
     check(status);
     return out;
   }
@@ -597,11 +589,7 @@ py::dict cpus() {
 py::dict measure_limits(uint32_t threads, uint64_t bytes) {
   pe_limits l;
   pe_limits_init(&l);
-  pe_status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = pe_measure_limits(threads, bytes, &l);
-  }
+  const pe_status status = without_gil([&] { return pe_measure_limits(threads, bytes, &l); });
   check(status);
   py::dict d;
   d["threads"] = l.n_threads;
