@@ -17,8 +17,8 @@ from typing import Any
 
 from pyengine.chat import BUILTIN_TEMPLATES, ChatTemplate, build_prompt
 from pyengine.errors import EngineError, FormatError, UnsupportedError
-from pyengine.generate import StopMatcher
 from pyengine.reasoning import ReasoningSplitter
+from pyengine.stops import StopMatcher
 from pyengine.template import MAX_SOURCE, Template
 from pyengine.tokenizer import Tokenizer
 from tests.support import DATA
