@@ -27,7 +27,8 @@ class LoopDetector:
         self._enough: npt.NDArray[np.int64] = np.maximum(limit, _COPIES * period) - period
 
     def restart(self) -> None:
-        """Counts no token that came so far."""
+        """Forgets what came so far."""
+        self._before[:] = -1
         self._agreed[:] = 0
 
     def feed(self, token: int) -> bool:

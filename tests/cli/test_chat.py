@@ -95,7 +95,7 @@ def test_reasoning_is_folded_and_the_second_turn_reads_only_what_is_new(start: S
 
 @pytest.mark.parametrize("think", ["show", "dim", "hide"])
 def test_reasoning_is_shown_followed_or_hidden(start: Start, think: str) -> None:
-    chat = start("--think", think, command=SLOW)
+    chat = start("--think", think, command=SLOW, SLOW="0.01")
     printed = say(chat, "What is 27 + 58?")
     text = "\n".join(chat.lines())
     assert "27 + 58 = 85" in text
@@ -448,7 +448,7 @@ def test_a_closed_window_ends_the_program(start: Start) -> None:
 
 def test_a_reader_that_goes_away_ends_a_chat_quietly(start: Start) -> None:
     script = '"$@" | head -c 5; echo " and the code is ${PIPESTATUS[0]}"'
-    chat = start(command=["bash", "-c", script, "bash", *SLOW])
+    chat = start(command=["bash", "-c", script, "bash", *SLOW], SLOW="0.02")
     chat.type("What is 27 + 58?\n")
     chat.wait_for(f"and the code is {common.EXIT_PIPE}")
     assert "rror" not in chat.seen
@@ -497,7 +497,7 @@ def test_loading_and_reading_tell_how_far_they_are_and_what_is_left(start: Start
 
 @pytest.mark.parametrize("columns", [40, 20])
 def test_narrow_terminals_show_everything(start: Start, columns: int) -> None:
-    chat = start(command=SLOW, size=(columns, 24))
+    chat = start(command=SLOW, SLOW="0.01", size=(columns, 24))
     say(chat, "What is 27 + 58?")
     assert "27 + 58 = 85" in chat.lines()
     say(chat, "/help")
@@ -516,7 +516,7 @@ def test_no_color_and_plain_terminals_get_no_faint_letters(start: Start) -> None
 
 
 def test_a_dumb_terminal_gets_no_control_sequences_at_all_and_can_do_the_same(start: Start) -> None:
-    chat = start(command=SLOW, TERM="dumb")
+    chat = start(TERM="dumb")
     assert "27 + 58 = 85" in say(chat, "What is 27 + 58?")
     chat.type('"""\nWhat is\n')
     chat.wait_for("...")
@@ -616,11 +616,19 @@ def test_history_stays_small_and_keeps_no_novels(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_repeats_itself_is_ended_with_a_note(start: Start) -> None:
-    chat = start("-c", "4096", "--logit-bias", "42+1000", "--loop-limit", "64", "--think", "hide")
-    assert "repeating itself word for word" in say(chat, "What is 27 + 58?").replace("\r\n", " ")
-    assert "answer   64 tokens" in say(chat, "/stats")
+    chat = start("-c", "4096", "--logit-bias", "42+1000", "--loop-limit", "64")
+    told = say(chat, "What is 27 + 58?").replace("\r\n", " ")
+    assert re.search(r"thought for [\d.]+ s, 6\d tokens", told)  # 64, and those that close it
+    assert "the answer was repeating itself word for word" in told
+    assert 128 <= int(re.findall(r"answer +(\d+) tokens", say(chat, "/stats"))[0]) < 140
     say(chat, "/set loop-limit off")
     say(chat, "/set n-predict 900")
     assert "repeating" not in say(chat, "What is 27 + 58?")
     assert "answer   900 tokens" in say(chat, "/stats")
+    leave(chat)
+
+
+def test_a_thought_that_repeats_itself_is_closed_with_a_note(start: Start) -> None:
+    chat = start("--logit-bias", "42+1000", "--loop-limit", "64", "-n", "80")
+    assert "the thought was repeating itself word for word" in say(chat, "What is 27 + 58?").replace("\r\n", " ")
     leave(chat)

@@ -61,3 +61,10 @@ def test_the_detector_agrees_with_the_definition() -> None:
         assert noticed_at(text, limit) == oracle(text, limit), (trial, limit)
         found += oracle(text, limit) is not None
     assert 50 < found < 300
+
+
+def test_a_detector_that_starts_anew_has_forgotten() -> None:
+    detector = LoopDetector(30)
+    assert [detector.feed(7) for _ in range(30)] == [False] * 29 + [True]
+    detector.restart()
+    assert [detector.feed(7) for _ in range(30)] == [False] * 29 + [True]
