@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pyengine.chat import ChatTemplate, check_messages
 from pyengine.errors import EngineError, FileError, FormatError, InvalidArgument
-from pyengine.files import replacing
+from pyengine.files import check_target, replacing
 from pyengine.json_fields import Fields, kind_of, parse, settings_from_json, settings_to_json
 from pyengine.sampling import SamplerSettings
 
@@ -124,11 +124,10 @@ def save_chat(path: str | os.PathLike[str], chat: Chat, *, keys: bool = True) ->
         chat: at rest: no answer is being generated.
         keys: also the keys and values of its session, so that loading it reads nothing again. They are large.
 
-    Errors: ``FileError`` (disk full, no permission: what was there before is untouched); ``InvalidArgument`` when the
+    Errors: ``FileError`` (no space, no permission: what was there before is untouched); ``InvalidArgument`` when the
     conversation has no place in a file (a message that is no JSON, more than :data:`MAX_HEADER` bytes of text).
     """
-    with _replacing(path) as file:
-        _write(file, chat_header(chat), chat.session if keys else None)
+    _write(Path(path), chat_header(chat), chat.session if keys else None)
 
 
 def read_chat(path: str | os.PathLike[str]) -> SavedChat:
@@ -217,8 +216,12 @@ def restore_chat(
     chat.written = dict(written)
     if "system" in keep:
         chat.system = system
+    if difference:  # token ids and templates are a model's own
+        saved = dataclasses.replace(
+            saved, template=chat.template, settings=dataclasses.replace(saved.settings, logit_bias={})
+        )
     for name in _SETTINGS:
-        if name not in keep and not (name == "template" and difference):
+        if name not in keep:
             setattr(chat, name, getattr(saved, name))
     return Restored(len(chat.messages), tokens, note)
 
@@ -237,8 +240,7 @@ def _check_written(opened: _Opened, written: Mapping[str, tuple[int, ...]], chat
 
 def save_keys(path: str | os.PathLike[str], session: Session) -> None:
     """Writes what a session holds, tokens, keys and values, as :func:`save_chat` does. Errors: ``FileError``."""
-    with _replacing(path) as file:
-        _write(file, {"model": dataclasses.asdict(ModelIdentity.of(session.model))}, session)
+    _write(Path(path), {"model": dataclasses.asdict(ModelIdentity.of(session.model))}, session)
 
 
 def restore_keys(path: str | os.PathLike[str], session: Session) -> Restored:
@@ -282,21 +284,21 @@ def _restore_keys(opened: _Opened, saved: SavedKeys, session: Session) -> tuple[
 # ---- the container ----
 
 
-def _replacing(path: str | os.PathLike[str]) -> Any:
-    return replacing(Path(path), private=True)
-
-
-def _write(file: BinaryIO, header: dict[str, Any], session: Session | None) -> None:
+def _write(path: Path, header: dict[str, Any], session: Session | None) -> None:
     n = 0 if session is None else len(session)
+    firsts = range(0, n, PIECE)
+    header["keys"] = None
+    size = 0
     if session is not None and n:
-        sizes = [session.state_bytes(min(PIECE, n - first)) for first in range(0, n, PIECE)]
-        header["keys"] = {"tokens": n, "kv_type": session.kv_type, "bytes": sum(sizes)}
-    else:
-        header["keys"] = None
-    file.write(_encode(header))
-    for first in range(0, n, PIECE):
-        assert session is not None
-        file.write(session.save(first, min(PIECE, n - first)).data)
+        size = sum(session.state_bytes(min(PIECE, n - first)) for first in firsts)
+        header["keys"] = {"tokens": n, "kv_type": session.kv_type, "bytes": size}
+    data = _encode(header)
+    check_target(path, force=True, size=len(data) + size)
+    with replacing(path, private=True) as file:
+        file.write(data)
+        for first in firsts:
+            assert session is not None
+            file.write(session.save(first, min(PIECE, n - first)).data)
 
 
 def _encode(header: Mapping[str, Any]) -> bytes:
@@ -419,8 +421,8 @@ def _keys_of(opened: _Opened) -> SavedKeys | None:
 
 
 def _ids_of(fields: Fields, text: str) -> tuple[int, ...]:
-    ids = fields.value(text, list)
-    if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+    ids = fields.values[text]
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise fields.bad(text[:40], "is no list of token ids")
     return tuple(ids)
 

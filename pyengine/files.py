@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,8 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     ``private``: nobody but its owner may read it.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if part.exists():  # another thread writes it, or a process of this number left it behind
+        part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     mode = 0o600 if private else 0o666
     try:
         with open(part, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:

@@ -33,13 +33,27 @@ def parse(text: bytes) -> Any:
     Errors: ``ValueError`` with a sentence.
     """
     try:
-        return json.loads(
+        value = json.loads(
             text.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_duplicates
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is no UTF-8") from None
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+_MAX_DEPTH = 64
+_TOO_DEEP = f"it is nested more than {_MAX_DEPTH} deep"
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _no_constant(name: str) -> float:
@@ -111,7 +125,7 @@ class Fields:
                 raise self.bad(key[:60], f"is unknown here; known are {', '.join(names)}")
 
     def bad(self, key: str, problem: str) -> EngineError:
-        name = self._name + key
+        name = (self._name + key)[:80]
         return self._error(f"{name!r} {problem}", name)
 
 

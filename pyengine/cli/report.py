@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyengine.events import Stats
+    from pyengine.events import Shifted, Stats
     from pyengine.sampling import SampleResult
 
 
@@ -30,6 +30,12 @@ def timings(s: Stats) -> dict[str, float]:
         "prefill_tokens_per_second": round(s.prefill_rate, 3),
         "decode_tokens_per_second": round(s.decode_rate, 3),
     }
+
+
+def shift_numbers(event: Shifted) -> dict[str, int]:
+    """What was dropped when the context was full."""
+    names = ("dropped_messages", "freed_tokens", "prompt_tokens", "context_size")
+    return {name: getattr(event, name) for name in names}
 
 
 def logprobs(token: SampleResult) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pyengine.cli import models
 from pyengine.cli.arguments import NAME, build_parser, check, model_path, read_prompt
 from pyengine.cli.common import EXIT_CONTEXT, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_command, say, use_utf8
 from pyengine.cli.console import Console, explain_end
-from pyengine.cli.report import logprobs, timings, usage
+from pyengine.cli.report import logprobs, shift_numbers, timings, usage
 from pyengine.cli.setup import Setup
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
             setup.explain()
         if setup.session.n_ctx > setup.model.n_ctx_train:
             say(f"note: the model was made for {setup.model.n_ctx_train} tokens; --ctx-size asks for more")
-        if setup.no_template is not None and (prompt is None or args.system is not None):
+        needs_template = prompt is None or args.system is not None or args.session is not None
+        if setup.no_template is not None and needs_template:
             raise setup.no_template
         console = Console(think=args.think, exact=args.raw)
         if prompt is None:
@@ -79,7 +80,7 @@ def _answer(setup: Setup, console: Console, start: Callable[[], Iterator[Event]]
 
 def _report(events: list[Event], end: End, settings: SamplerSettings) -> dict[str, Any]:
     """The object of ``--json``."""
-    from pyengine.generate import collect
+    from pyengine.generate import Shifted, collect
 
     reply, s = collect(events), end.stats
     tokens = [token for event in events for token in event.tokens]
@@ -93,6 +94,9 @@ def _report(events: list[Event], end: End, settings: SamplerSettings) -> dict[st
         "usage": usage(s),
         "timings": timings(s),
     }
+    shifts = [event for event in events if isinstance(event, Shifted)]
+    if shifts:
+        report["shifted"] = [shift_numbers(shift) for shift in shifts]
     if settings.top_logprobs is not None:
         report["logprobs"] = [logprobs(token) for token in tokens]
     return report

@@ -14,7 +14,6 @@ import dataclasses
 import glob
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self
 
 from pyengine.cli.common import Status, UsageError, describe, say, state_folder
@@ -34,13 +33,6 @@ def check_name(name: str) -> str:
     return name
 
 
-def sessions_folder() -> Path:
-    folder = state_folder()
-    if folder is None:
-        raise UsageError("--session: there is no home folder to keep it in; set XDG_STATE_HOME")
-    return folder / "sessions"
-
-
 class NamedSession:
     """Keeps ``chat`` under ``args.session``: restores it now, saves messages after every turn and keys at the end.
 
@@ -53,7 +45,10 @@ class NamedSession:
     def __init__(self, chat: Chat, args: argparse.Namespace) -> None:
         self.name: str = args.session
         self._chat = chat
-        self._folder = sessions_folder()
+        state = state_folder()
+        if state is None:
+            raise FileError("--session has no place: set XDG_STATE_HOME or HOME", code="no_directory")
+        self._folder = state / "sessions"
         self._path, self._keys = (self._folder / f"{self.name}.{kind}" for kind in ("chat", "keys"))
         self._known: list[int] = []  # tokens whose keys the file has
         self._complained = False

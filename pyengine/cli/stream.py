@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyengine.cli.common import EXIT_OK, EXIT_PIPE, describe
 from pyengine.cli.host import MAX_LINE, Host
-from pyengine.cli.report import logprobs, timings, usage
+from pyengine.cli.report import logprobs, shift_numbers, timings, usage
 from pyengine.errors import EngineError, InvalidArgument
 from pyengine.json_fields import Fields, kind_of, parse, settings_from_json, settings_to_json
 
@@ -171,7 +171,7 @@ class Server:
                     f"there is no request {name[:60]!r}; known are {', '.join(self._requests)}", code="unknown_request"
                 )
             self._requests[name](request_id, number, fields)
-        except EngineError as error:
+        except Exception as error:
             self._host.put_in_turn(_error(request_id, number, error))
 
     # ---- what is answered at once ----
@@ -211,7 +211,7 @@ class Server:
             if found is not None:
                 self._stop(found)
         if found is None:
-            raise Refused(f"no request {target!r} is waiting or running", code="not_found", field="target")
+            raise Refused(f"no request {str(target)[:60]!r} is waiting or running", code="not_found", field="target")
         self._host.look_again()
         self._host.put_in_turn({"event": "ok", "id": request_id})
 
@@ -503,8 +503,7 @@ def _event(request_id: Id, event: Event, wanted: _Wanted) -> dict[str, Any]:
     from pyengine.events import Reasoning, Shifted, Text
 
     if isinstance(event, Shifted):
-        names = ("dropped_messages", "freed_tokens", "prompt_tokens", "context_size")
-        return {"event": "shifted", "id": request_id, **{name: getattr(event, name) for name in names}}
+        return {"event": "shifted", "id": request_id, **shift_numbers(event)}
     assert isinstance(event, (Reasoning, Text))
     kind = "reasoning" if isinstance(event, Reasoning) else "text"
     return {"event": kind, "id": request_id, "text": event.text, **_tokens_of(event, wanted)}

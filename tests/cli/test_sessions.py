@@ -164,6 +164,12 @@ def test_names_that_could_be_paths_are_refused(name: str, env: dict[str, str]) -
     check_failure(done, 2, "--session", "expected at most 60 letters")
 
 
+@needs_data
+def test_a_model_without_a_template_has_no_conversation(env: dict[str, str]) -> None:
+    done = say(env, "x", model=str(DATA / "gguf" / "stories260K-llama-F32.gguf"))
+    check_failure(done, 1, "no chat template")
+
+
 def test_raw_text_is_no_conversation(env: dict[str, str]) -> None:
     check_failure(say(env, "--raw", "x"), 2, "--session needs a conversation")
 

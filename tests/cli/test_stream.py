@@ -89,7 +89,7 @@ class Engine:
     def end(self) -> int:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        return self.process.wait(20)
+        return self.process.wait(60)
 
     def __enter__(self) -> Self:
         return self
@@ -206,6 +206,7 @@ HOSTILE: list[tuple[bytes, str]] = [
     (b"\x00", "bad_json"),
     (b"[" * 100_000, "bad_json"),
     (b'{"a":' * 50_000, "bad_json"),
+    (b'{"request":"stats","id":1,"x":' + b"[" * 900 + b"]" * 900 + b"}", "bad_json"),
     (b"1" * 5000, "bad_json"),
     (b"[]", "bad_request"),
     (b'"stats"', "bad_request"),
@@ -402,7 +403,7 @@ def test_finish_answers_what_was_asked_before_it_ends() -> None:
         engine.send(request="generate", id="b", prompt="12")
         events = engine.until(event="end", id="a")
         assert any(event["event"] == "error" and event["code"] == "finishing" for event in events)
-        assert engine.process.wait(20) == 0  # though stdin is still open
+        assert engine.process.wait(60) == 0  # though stdin is still open
 
 
 @pytest.mark.parametrize("busy", [True, False])
@@ -425,7 +426,7 @@ def test_a_host_that_stops_reading_for_good_ends_the_engine_quietly(busy: bool) 
             while b"started" not in process.stdout.readline():
                 pass
         process.stdout.close()
-        assert process.wait(20) == 141  # stdin is open, and a prompt is being read
+        assert process.wait(60) == 141  # stdin is open, and a prompt is being read
         assert process.stderr.read() == b""
 
 

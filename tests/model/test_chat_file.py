@@ -12,11 +12,12 @@ import signal
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pyengine import Chat, End, Model, SamplerSettings, demo_model_path
+from pyengine import Chat, End, Model, SamplerSettings, demo_model_path, files
 from pyengine.chat_file import (
     MAGIC,
     MAX_HEADER,
@@ -30,6 +31,7 @@ from pyengine.chat_file import (
 from pyengine.errors import EngineError, FileError, FormatError, InvalidArgument
 from pyengine.generate import Stats
 from pyengine.model import KvType
+from tests.support import DATA, needs_data
 
 SETTINGS = SamplerSettings(seed=11, temperature=0.9, top_p=math.inf, logit_bias={7: -math.inf, 9: 0.25})
 
@@ -70,6 +72,27 @@ def test_a_resumed_text_is_the_uninterrupted_one(model: Model, kv_type: KvType, 
             assert numbers.reused_tokens == reused
 
 
+@needs_data
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("name", ["llama-256d-Q4_0", "qwen2-256d-Q4_K_M", "qwen3-256d-Q8_0"])
+def test_trained_models_resume_token_for_token(name: str, kv_type: KvType, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ bos_token + m.content }}{% endfor %}{{ bos_token }}"
+    settings = SamplerSettings(seed=3, temperature=1.2)  # with some tokens that the tokenizer would not have chosen
+    with Model.open(DATA / "gguf" / f"stories260K-{name}.gguf", prefix_bytes=0) as model:
+        with model.session(n_ctx=512, kv_type=kv_type, threads=1) as session:
+            chat = Chat(model, session=session, template=template, settings=settings, max_tokens=80)
+            answer(chat, "Once upon a time")
+            save_chat(tmp_path / "keys", chat)
+            save_chat(tmp_path / "messages", chat, keys=False)
+            held = len(session)
+            expected = [answer(chat, text)[0] for text in ("Then Lily", "The end")]
+        for file, known in (("keys", held), ("messages", 0)):
+            with model.session(n_ctx=512, kv_type=kv_type, threads=1) as session:
+                resumed = load_chat(tmp_path / file, model, session=session)
+                assert len(session) == known
+                assert [answer(resumed, text)[0] for text in ("Then Lily", "The end")] == expected
+
+
 def test_everything_of_a_conversation_comes_back(model: Model, tmp_path: Path) -> None:
     with conversation(model) as chat, chat.session:
         save_chat(tmp_path / "chat", chat)
@@ -104,7 +127,7 @@ def test_keys_of_another_type_or_size_are_left_with_a_reason(model: Model, tmp_p
         assert "80" in restored.note
 
 
-def test_a_failed_write_leaves_the_old_file(model: Model, tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "chat"
     with conversation(model) as chat, chat.session:
         save_chat(path, chat, keys=False)
@@ -120,8 +143,14 @@ def test_a_failed_write_leaves_the_old_file(model: Model, tmp_path: Path) -> Non
             signal.signal(signal.SIGXFSZ, old_handler)
         assert path.read_bytes() == before
         assert os.listdir(tmp_path) == ["chat"]
-        with pytest.raises(FileError, match="cannot write"):
+        with pytest.raises(FileError, match="no folder is no directory"):
             save_chat(tmp_path / "no folder" / "chat", chat)
+        with pytest.raises(FileError, match="is a directory"):
+            save_chat(tmp_path, chat)
+        with monkeypatch.context() as patched:
+            patched.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+            with pytest.raises(FileError, match=r"has 0\.00 GB free"):
+                save_chat(path, chat)
         chat.messages.append({"role": "user", "content": b"no text"})  # type: ignore[dict-item]
         with pytest.raises(InvalidArgument, match="no place in a file"):
             save_chat(path, chat)
@@ -310,6 +339,7 @@ def test_keys_of_another_model_are_refused(model: Model, tmp_path: Path) -> None
             restore_keys(tmp_path / "keys", session)
         with load_chat(tmp_path / "chat", tuned, any_model=True) as other:
             assert other.messages == chat.messages
+            assert (other.settings.seed, other.settings.logit_bias) == (11, {})
             assert len(other.session) == 0
             assert answer(other, "What is 1 + 2?")[1].reused_tokens == 0
         with Model.open(demo_model_path(), copy=True) as copy, copy.session() as session:
