@@ -173,8 +173,18 @@ class Plan:
         return [(t, kv, n) for t in self.threads for kv in self.kv_types for n in lengths]
 
 
-def bench(model: Model, plan: Plan, title: str, *, limits: bool = True, on_round: OnRound | None = None) -> Report:
+def bench(
+    model: Model,
+    plan: Plan,
+    title: str,
+    *,
+    limits: bool = True,
+    on_round: OnRound | None = None,
+    on_session: Callable[[Session], object] | None = None,
+) -> Report:
     """Measures ``plan`` and says how near the machine's limits that comes.
+
+    ``on_session`` gets every session, so that another thread can cancel them.
 
     Errors: ``InvalidArgument`` (see :meth:`Plan.check`), ``OutOfMemory``.
     """
@@ -188,6 +198,13 @@ def bench(model: Model, plan: Plan, title: str, *, limits: bool = True, on_round
     main_format = max(work.products, key=lambda name: work.products[name])
     with ExitStack() as stack:
         runs: dict[str, Callable[[], None]] = {}
+
+        def opened(n_ctx: int, threads: int, kv: KvType) -> Session:
+            session = stack.enter_context(model.session(n_ctx=n_ctx, threads=threads, kv_type=kv))
+            if on_session is not None:
+                on_session(session)
+            return session
+
         finish: list[Callable[[], None]] = []
 
         def add_prefill(n: int, threads: int, kv: KvType, session: Session, name: str) -> None:
@@ -203,7 +220,7 @@ def bench(model: Model, plan: Plan, title: str, *, limits: bool = True, on_round
             )
 
         def add_decode(depth: int, threads: int, kv: KvType, name: str) -> None:
-            session = stack.enter_context(model.session(n_ctx=depth + plan.decode, threads=threads, kv_type=kv))
+            session = opened(depth + plan.decode, threads, kv)
             facts = {"kind": "decode", "tokens": plan.decode, "depth": depth, "threads": threads, "kv_type": kv}
             row = report.row(name, "tokens/s", **facts)
             ids = prompt(depth + plan.decode, model.n_vocab)
@@ -229,19 +246,20 @@ def bench(model: Model, plan: Plan, title: str, *, limits: bool = True, on_round
                 what = f", {threads} threads" if len(counts) > 1 else ""
                 what += f", {kv} cache" if len(plan.kv_types) > 1 else ""
                 if plan.prefill:
-                    session = stack.enter_context(model.session(n_ctx=max(plan.prefill), threads=threads, kv_type=kv))
+                    session = opened(max(plan.prefill), threads, kv)
                     for n in plan.prefill:
                         add_prefill(n, threads, kv, session, f"prefill {n}{what}")
                 for depth in plan.depths if plan.decode else ():
                     add_decode(depth, threads, kv, f"decode {plan.decode} after {depth}{what}")
-        warm = stack.enter_context(model.session(n_ctx=2, threads=max(counts)))
-        warm.eval(prompt(2, model.n_vocab))  # every page of the file is there before anything is timed
+        opened(2, max(counts), "f16").eval(
+            prompt(2, model.n_vocab)
+        )  # every page of the file is there before anything is timed
         interleave(plan.rounds, runs, on_round)
         for each in finish:
             each()
     return report
 
 
-def default_title(what: str, kind: str, rounds: int) -> str:
+def default_title(what: str, rounds: int) -> str:
     """What runs where."""
-    return f"{what}, {kind}{', ' if kind else ''}{quant.tier_active()}, {rounds} rounds, interleaved"
+    return f"{what}, {quant.tier_active()}, {rounds} rounds, interleaved"

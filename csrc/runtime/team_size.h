@@ -42,8 +42,8 @@ class TeamSize {
   static constexpr double kLost = 0.25;
   // What a trial must gain. More threads are the rule, so they need to gain less.
   static constexpr double kFewer = 0.92, kMore = 0.97;
-  // How long after a trial that gained nothing the next one follows: each time twice as long. Trials cost a quarter of that
-  // at most, since steps that last longer mean longer pauses.
+  // How long after a trial that gained nothing the next one follows: each time twice as long, and at least sixteen times as
+  // long as the trial took.
   static constexpr int64_t kPause = 20'000'000, kLongestPause = 4'000'000'000;
 
   void consider(int64_t now, double lost) {
@@ -61,7 +61,8 @@ class TeamSize {
       each_ = each;
       fewer_ = {now, 0};
       more_ = {now, 0};
-      (more ? fewer_ : more_).put_off(now, each);  // not straight back
+      // Not straight back, but soon: what made the difference may have been a moment's.
+      (more ? fewer_ : more_).due = now + static_cast<int64_t>(each) * kSteps * 4;
     } else {
       (more ? more_ : fewer_).put_off(now, each);
     }

@@ -8,10 +8,13 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyengine.cli.common import EXIT_OK, Interrupt, Status, UsageError, printable, run_command, use_utf8
+from pyengine.cli.common import EXIT_OK, Status, UsageError, in_background, printable, run_command, use_utf8
 from pyengine.cli.models import MODEL_HELP, model_file
+
+if TYPE_CHECKING:
+    from pyengine.model import Session
 
 NAME = "pyengine-bench"
 
@@ -82,22 +85,28 @@ def run(args: argparse.Namespace) -> int:
         path, what = _model(args, stack, status)
         model = stack.enter_context(Model.open(path, tokenizer_ahead=False))
         stack.callback(status.clear)
-        # Ctrl-C ends the process's wait at the next token or chunk at the latest.
-        stack.enter_context(Interrupt(_raise_interrupt))
-        report = bench(
-            model,
-            plan,
-            default_title(printable(what), "", plan.rounds),
-            limits=not args.no_limits,
-            on_round=lambda i, n, name: status.show(f"round {i} of {n}: {name}"),
+        sessions: list[Session] = []
+        measured = (
+            bench(
+                model,
+                plan,
+                default_title(printable(what), plan.rounds),
+                limits=not args.no_limits,
+                on_round=lambda i, n, name: status.show(f"round {i} of {n}: {name}"),
+                on_session=sessions.append,
+            )
+            for _ in range(1)
         )
+        # In another thread, so that Ctrl-C is seen at once even while a long prompt is read.
+        report = next(in_background(measured, lambda: _cancel(sessions)))
         status.clear()
     print(json.dumps(report.json()) if args.json else "\n".join(report.lines(args.markdown)))
     return EXIT_OK
 
 
-def _raise_interrupt() -> None:
-    raise KeyboardInterrupt
+def _cancel(sessions: list[Session]) -> None:
+    for session in sessions:
+        session.cancel()
 
 
 def _model(args: argparse.Namespace, stack: ExitStack, status: Status) -> tuple[Path, str]:

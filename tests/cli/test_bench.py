@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -100,6 +101,24 @@ def test_a_killed_run_leaves_no_file_behind(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_it_while_a_long_prompt_is_read(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pyengine.cli.bench", DEMO, "-p", "1024", "-r", "1000", "--no-limits"]
+    process = subprocess.Popen(
+        command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_interruptible
+    )
+    time.sleep(2.0)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 5
+    assert process.returncode == 130
+    assert said.decode().strip() == "pyengine-bench: interrupted"
+
+
+def _interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores it
 
 
 def test_there_is_room_or_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
