@@ -126,8 +126,8 @@ _END_NAMES = frozenset(
     )
 )
 _SPACE = "\u2581"  # SentencePiece's visible space
-# What the `tokenizers` package takes at most, measured with vocabularies of 1,000 to 152,000 tokens and texts of 1 MB: it
-# ends the process where it gets less.
+# What the `tokenizers` package takes at most, measured with vocabularies of 1,000 to 152,000 tokens and texts of 1 MB:
+# it ends the process where it gets less.
 _BUILD_BYTES, _BUILD_BYTES_PER_TOKEN = 16 << 20, 1600
 _ENCODE_BYTES, _ENCODE_BYTES_PER_CHAR = 8 << 20, 300
 _MAX_PIECE = 512  # characters of a SentencePiece piece: generating merges is quadratic in it

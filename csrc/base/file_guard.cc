@@ -70,7 +70,7 @@ bool replace_pages(uintptr_t address) {
     const uint32_t version = r->version;
     const uintptr_t begin = r->begin, end = r->end;
     if (version % 2 || address < begin || address >= end || r->version != version) continue;
-    r->lost = true;  // before anybody can read a zero
+    r->lost = true;                        // before anybody can read a zero
     return map_zeros(begin, end - begin);  // all of it: one signal for gigabytes, and nothing of the result is of use
   }
   return false;

@@ -357,7 +357,9 @@ class Session {
     // A private copy: another Python thread could resize or write the caller's array while the GIL is released.
     const std::vector<int32_t> ids(tokens.data(), tokens.data() + n);
     float* logits = rows ? out.mutable_data() : nullptr;
-    const pe_status status = without_gil([&] { return pe_session_eval(keep->raw, ids.data(), n, static_cast<pe_logits>(want), logits, rows * n_vocab_); });
+    const pe_status status = without_gil([&] {
+      return pe_session_eval(keep->raw, ids.data(), n, static_cast<pe_logits>(want), logits, rows * n_vocab_);
+    });
     check(status);
     return out;
   }
@@ -471,7 +473,8 @@ py::tuple top_k(const Row& logits, size_t k) {
   std::vector<int32_t> ids(room);
   std::vector<float> values(room);
   size_t found = 0;
-  const pe_status status = without_gil([&] { return pe_top_k(logits.data(), n, room, ids.data(), values.data(), &found); });
+  const pe_status status =
+      without_gil([&] { return pe_top_k(logits.data(), n, room, ids.data(), values.data(), &found); });
   check(status);
   Longs out_ids(static_cast<py::ssize_t>(found));
   Doubles out_values(static_cast<py::ssize_t>(found));
@@ -489,7 +492,10 @@ Doubles exp_nonpositive(const Doubles& x) {
 double softmax_sum(const Row& logits, double peak, const IdArray& ids, const Doubles& values) {
   if (ids.size() != values.size()) throw py::value_error("one value for each id");
   double sum = 0.0;
-  const pe_status status = without_gil([&] { return pe_softmax_sum(logits.data(), static_cast<size_t>(logits.size()), peak, ids.data(), values.data(), static_cast<size_t>(ids.size()), &sum); });
+  const pe_status status = without_gil([&] {
+    return pe_softmax_sum(logits.data(), static_cast<size_t>(logits.size()), peak, ids.data(), values.data(),
+                          static_cast<size_t>(ids.size()), &sum);
+  });
   check(status);
   return sum;
 }
@@ -509,7 +515,9 @@ using Bytes = py::array_t<uint8_t, py::array::c_style>;
 FloatArray dequantise(int type, const Bytes& src, size_t rows, size_t cols) {
   FloatArray out({rows, cols});
   float* dst = out.mutable_data();
-  const pe_status status = without_gil([&] { return pe_dequantise_rows(type, src.data(), static_cast<size_t>(src.size()), rows, cols, dst, rows * cols); });
+  const pe_status status = without_gil([&] {
+    return pe_dequantise_rows(type, src.data(), static_cast<size_t>(src.size()), rows, cols, dst, rows * cols);
+  });
   check(status);
   return out;
 }
@@ -522,7 +530,9 @@ Bytes quantise(int type, const FloatArray& src, size_t row_bytes, uint32_t threa
   const float* weights = importance ? importance->data() : nullptr;
   Bytes out({rows, row_bytes});
   uint8_t* dst = out.mutable_data();
-  const pe_status status = without_gil([&] { return pe_quantise_rows(type, src.data(), rows * cols, rows, cols, weights, dst, rows * row_bytes, threads); });
+  const pe_status status = without_gil([&] {
+    return pe_quantise_rows(type, src.data(), rows * cols, rows, cols, weights, dst, rows * row_bytes, threads);
+  });
   check(status);
   return out;
 }
@@ -549,7 +559,9 @@ FloatArray linear(const std::string& tier, int type, const Bytes& w, size_t rows
   const auto tokens = static_cast<size_t>(x.shape(0));
   FloatArray out({tokens, rows});
   float* y = out.mutable_data();
-  const pe_status status = without_gil([&] { return pe_linear(tier.c_str(), type, w.data(), static_cast<size_t>(w.size()), rows, cols, x.data(), tokens, y); });
+  const pe_status status = without_gil([&] {
+    return pe_linear(tier.c_str(), type, w.data(), static_cast<size_t>(w.size()), rows, cols, x.data(), tokens, y);
+  });
   check(status);
   return out;
 }
@@ -562,7 +574,10 @@ FloatArray attend(const std::string& tier, int kv, const Bytes& keys, const Byte
   const auto dim = static_cast<size_t>(q.shape(1));
   if (keys.size() != values.size()) throw py::value_error("as many bytes of values as of keys");
   float* y = out.mutable_data();
-  const pe_status status = without_gil([&] { return pe_attend(tier.c_str(), kv, keys.data(), values.data(), static_cast<size_t>(keys.size()), n_keys, dim, q.data(), heads, y); });
+  const pe_status status = without_gil([&] {
+    return pe_attend(tier.c_str(), kv, keys.data(), values.data(), static_cast<size_t>(keys.size()), n_keys, dim,
+                     q.data(), heads, y);
+  });
   check(status);
   return out;
 }

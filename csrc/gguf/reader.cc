@@ -198,7 +198,7 @@ void File::check_unchanged() const {
     const std::string which =
         parts_.size() > 1 ? "part " + std::to_string(i + 1) + " of the model file" : "the model file";
     throw Error(Status::kIo, "file_changed",
-                which + " was cut or overwritten while it was in use: open it again once it is complete");
+                which + " was cut or written to while it was in use: open it again once it is complete");
   }
 }
 

@@ -70,13 +70,14 @@ uint64_t hash_tensor(uint64_t h, const gguf::TensorInfo& t) {
 
 }  // namespace
 
+// Threads may compute it at once, with the same result: a lock could be held at a fork.
 uint64_t Model::fingerprint() const {
-  std::call_once(fingerprint_once_, [this] {
-    uint64_t h = hash_config(3, config_);
-    for (const gguf::TensorInfo& t : file_->tensors()) h = hash_tensor(h, t);
-    fingerprint_ = h;
-  });
-  return fingerprint_;
+  if (const uint64_t known = fingerprint_.load()) return known;
+  uint64_t h = hash_config(3, config_);
+  for (const gguf::TensorInfo& t : file_->tensors()) h = hash_tensor(h, t);
+  file_->check_unchanged();
+  fingerprint_.store(h);
+  return h;
 }
 
 }  // namespace pe

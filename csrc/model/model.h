@@ -1,9 +1,9 @@
 // A model ready to run: the checked file, its numbers, its weights. Immutable, shared by any number of sessions.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 
 #include "gguf/reader.h"
@@ -44,8 +44,7 @@ class Model {
   const KernelTable* kernels_ = nullptr;
   uint64_t n_params_ = 0;
   uint64_t weight_bytes_ = 0;
-  mutable std::once_flag fingerprint_once_;
-  mutable uint64_t fingerprint_ = 0;
+  mutable std::atomic<uint64_t> fingerprint_{0};  // 0: not yet known
 };
 
 }  // namespace pe

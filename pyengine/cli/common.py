@@ -316,8 +316,8 @@ def in_background(
     worker = threading.Thread(target=produce, name="pyengine-generate", daemon=True)
     try:
         worker.start()
-    except RuntimeError as refused:
-        raise OutOfMemory("not enough memory: the system refuses a thread", code="thread_create") from refused
+    except RuntimeError as refusal:
+        raise OutOfMemory("not enough memory: the system refuses a thread", code="thread_create") from refusal
     try:
         while True:
             try:

@@ -25,12 +25,11 @@ PROMPT = "What is 12 + 30? Think, and then think again about 17 and 25 and 33."
 
 
 def commands(root: Path) -> dict[str, tuple[str, Callable[[Path, Path], int]]]:
-    """By name: the program, and a run of it with (model, folder for its output); its result goes to ``result`` there."""
+    """By name: the program, and a run of it with (model, folder for its output), which writes ``result`` there."""
+    import pyengine.chat
+    import pyengine.generate  # noqa: F401
     from pyengine.cli import imatrix, perplexity, run
     from pyengine_convert import cli, writer
-
-    import pyengine.chat  # noqa: F401 - imported once, by the parent
-    import pyengine.generate  # noqa: F401
 
     writer._PIECE = 1 << 14
     text = root / "text.txt"
@@ -46,7 +45,10 @@ def commands(root: Path) -> dict[str, tuple[str, Callable[[Path, Path], int]]]:
     answer = ["--temp", "0", "-n", "120", "--threads", "2", "--speculate", "off"]
     return {
         "run": ("pyengine-run", lambda m, f: to_file(f, lambda: run.main([str(m), PROMPT, *answer]))),
-        "run --raw": ("pyengine-run", lambda m, f: to_file(f, lambda: run.main([str(m), PROMPT * 8, "--raw", *answer]))),
+        "run --raw": (
+            "pyengine-run",
+            lambda m, f: to_file(f, lambda: run.main([str(m), PROMPT * 8, "--raw", *answer])),
+        ),
         "run --copy": ("pyengine-run", lambda m, f: to_file(f, lambda: run.main([str(m), PROMPT, "--copy", *answer]))),
         "perplexity": (
             "pyengine-perplexity",

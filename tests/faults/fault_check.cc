@@ -187,8 +187,7 @@ uint64_t sessions(const char* path, pe_load load, std::vector<float>& logits) {
   uint64_t h = kSeed;
   static const std::vector<int32_t> text = tokens_from(1, 150), other = tokens_from(2, 90);
   const auto evaluate = [&](pe_session* s, const int32_t* ids, size_t n) {
-    attempt("pe_session_eval",
-            [&] { return pe_session_eval(s, ids, n, PE_LOGITS_LAST, logits.data(), info.n_vocab); });
+    attempt("pe_session_eval", [&] { return pe_session_eval(s, ids, n, PE_LOGITS_LAST, logits.data(), info.n_vocab); });
     h = digest(h, logits.data(), info.n_vocab * sizeof(float));
   };
   // `known` may be less than it could be where memory is short; never more, and never wrong.
@@ -216,6 +215,22 @@ uint64_t sessions(const char* path, pe_load load, std::vector<float>& logits) {
     attempt("a bad token", [&] { return pe_session_eval(one, &bad, 1, PE_LOGITS_NONE, nullptr, 0); }, PE_E_ARGUMENT);
     attempt("pe_session_observe", [&] { return pe_session_observe(one, 1); });
     reuse(one, other);
+    uint64_t fingerprint = 0, size = 0;
+    attempt("pe_model_fingerprint", [&] { return pe_model_fingerprint(model, &fingerprint); });
+    h = digest(h, &fingerprint, sizeof fingerprint);
+    attempt("pe_session_state_bytes", [&] { return pe_session_state_bytes(one, 40, &size); });
+    static std::vector<uint8_t> state;
+    state.resize(size);
+    attempt("pe_session_save", [&] { return pe_session_save(one, 0, 40, state.data(), size); });
+    h = digest(h, state.data(), size);
+    pe_session* restored = create(1);
+    if (restored) {
+      attempt("pe_session_restore", [&] { return pe_session_restore(restored, state.data(), size); });
+      evaluate(restored, other.data() + 40, 10);
+      state[size / 2] ^= 1;
+      attempt("a damaged state", [&] { return pe_session_restore(restored, state.data(), size); }, PE_E_FORMAT);
+      free_session(restored);
+    }
     pe_input input;
     pe_input_init(&input);
     attempt("pe_session_input_at", [&] { return pe_session_input_at(one, 0, &input); });
@@ -278,9 +293,8 @@ uint64_t conversion(std::vector<float>& values) {
       return pe_quantise_rows(f.type, x, kRows * kCols, kRows, kCols, importance.data(), packed.data(), bytes, 3);
     });
     h = digest(h, packed.data(), bytes);
-    attempt("pe_dequantise_rows", [&] {
-      return pe_dequantise_rows(f.type, packed.data(), bytes, kRows, kCols, y, kRows * kCols);
-    });
+    attempt("pe_dequantise_rows",
+            [&] { return pe_dequantise_rows(f.type, packed.data(), bytes, kRows, kCols, y, kRows * kCols); });
     h = digest(h, y, kRows * kCols * sizeof(float));
     attempt("pe_linear", [&] { return pe_linear("scalar", f.type, packed.data(), bytes, kRows, kCols, x, 2, y); });
     h = digest(h, y, 2 * kRows * sizeof(float));
@@ -302,6 +316,9 @@ uint64_t conversion(std::vector<float>& values) {
   h = digest(h, &sum, sizeof sum);
   attempt("an unknown type", [&] { return pe_dequantise_rows(99, packed.data(), 1, 1, 1, y, 1); }, PE_E_UNSUPPORTED);
   attempt("an unknown tier", [&] { return pe_linear("none", 0, packed.data(), 4, 1, 1, x, 1, y); }, PE_E_ARGUMENT);
+  pe_limits limits;
+  pe_limits_init(&limits);
+  attempt("no threads", [&] { return pe_measure_limits(0, 1 << 20, &limits); }, PE_E_ARGUMENT);
   pe_shape shape;
   pe_shape_init(&shape);
   uint64_t kv = 0, scratch = 0;

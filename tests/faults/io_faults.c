@@ -60,25 +60,25 @@ static int hit(void) {
 
 #define REAL(name) __typeof__(&name) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 
-#define SIMPLE(applies, call)                  \
-  const int wrong = armed && applies && hit(); \
-  if (wrong && what == FAIL) {                 \
-    errno = error;                             \
-    return -1;                                 \
-  }                                            \
-  const int result = call;                     \
+#define SIMPLE(applies, call)                               \
+  const int wrong = armed && applies && hit();              \
+  if (wrong && what == FAIL) {                              \
+    errno = error;                                          \
+    return -1;                                              \
+  }                                                         \
+  const int result = call;                                  \
   if (wrong && what >= KILL_AFTER) kill(getpid(), SIGKILL); \
   return result
 
-#define WRITE(fd, data, n, whole, part)                            \
-  if (!(armed && ours_fd(fd) && hit())) return whole;              \
-  if (what == FAIL) {                                              \
-    errno = error;                                                 \
-    return -1;                                                     \
-  }                                                                \
-  const size_t half = what == KILL_AFTER || n < 2 ? n : n / 2;     \
-  const ssize_t done = part;                                       \
-  if (what >= KILL_AFTER) kill(getpid(), SIGKILL);                 \
+#define WRITE(fd, data, n, whole, part)                        \
+  if (!(armed && ours_fd(fd) && hit())) return whole;          \
+  if (what == FAIL) {                                          \
+    errno = error;                                             \
+    return -1;                                                 \
+  }                                                            \
+  const size_t half = what == KILL_AFTER || n < 2 ? n : n / 2; \
+  const ssize_t done = part;                                   \
+  if (what >= KILL_AFTER) kill(getpid(), SIGKILL);             \
   return done
 
 ssize_t write(int fd, const void* data, size_t n) {
@@ -147,13 +147,13 @@ int rmdir(const char* path) {
 }
 
 /* Opening for writing; reading is not what this is about. */
-#define OPEN(name, parameters, ...)                                                        \
-  int name parameters {                                                                    \
-    REAL(name);                                                                            \
-    va_list list;                                                                          \
-    va_start(list, flags);                                                                 \
-    const mode_t mode = flags & O_CREAT ? va_arg(list, mode_t) : 0;                        \
-    va_end(list);                                                                          \
+#define OPEN(name, parameters, ...)                                                         \
+  int name parameters {                                                                     \
+    REAL(name);                                                                             \
+    va_list list;                                                                           \
+    va_start(list, flags);                                                                  \
+    const mode_t mode = flags & O_CREAT ? va_arg(list, mode_t) : 0;                         \
+    va_end(list);                                                                           \
     SIMPLE((flags & (O_WRONLY | O_RDWR | O_CREAT)) && ours(path), real(__VA_ARGS__, mode)); \
   }
 OPEN(open, (const char* path, int flags, ...), path, flags)

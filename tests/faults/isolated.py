@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
 
 
 class Child:
-    """A child that runs ``work`` and exits with what it returns. Its stdout is empty input's counterpart: nothing."""
+    """A child that runs ``work``, with nothing to read, and exits with what it returns."""
 
     def __init__(self, work: Callable[[], int]) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -39,7 +39,7 @@ class Child:
             os.dup2(null, 0)
             os.dup2(null, 1)
             os.dup2(self._errors.fileno(), 2)
-            signal.alarm(120)
+            signal.alarm(600)  # a hang
             try:
                 code = work()
             except SystemExit as end:

@@ -1,7 +1,7 @@
 """Commands under every limit of memory: ``python -m tests.faults.memory [--step KIB]``.
 
-The address space may grow by so much and no more (RLIMIT_AS), from nothing to as much as the command needs, in steps. Each
-run ends with the undisturbed output and code 0, or with one message and code 1: no crash, no traceback, no hang.
+The address space may grow by so much and no more (RLIMIT_AS), from nothing to as much as the command needs, in steps.
+Each run ends with the undisturbed output and code 0, or with one message and code 1: no crash, no traceback, no hang.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Failing writes and kills while files are written: ``python -m tests.faults.writes [--faults N] [--kills N]``.
 
-Every operation that changes a file - open, write, fsync, truncate, rename, unlink, close - fails in turn (no space, quota,
-input/output error, interrupted; once, or from then on), is cut short, or is the last thing the process does. Whatever
-happens: the final name holds the whole file or what it held before, the command ends with a message, nothing else is left
-behind, and a killed or failed conversion can be done again or resumed to the same bytes.
+Every operation that changes a file - open, write, fsync, truncate, rename, unlink, close - fails in turn (no space,
+quota, input/output error, interrupted; once, or from then on), is cut short, or is the last thing the process does.
+Whatever happens: the final name holds the whole file or what it held before, the command ends with a message, nothing
+else is left behind, and a killed or failed conversion can be done again or resumed to the same bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
-import functools
 import os
 import random
 import shutil
@@ -36,9 +35,7 @@ def build_shim(folder: Path) -> Path:
     """Compiles io_faults.c. Errors: ``CalledProcessError``."""
     shim = folder / "io_faults.so"
     flags = ["-std=gnu11", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(
-        [os.environ.get("CC", "cc"), *flags, "-o", str(shim), str(HERE / "io_faults.c"), "-ldl"], check=True
-    )
+    subprocess.run([os.environ.get("CC", "cc"), *flags, "-o", str(shim), str(HERE / "io_faults.c"), "-ldl"], check=True)
     return shim
 
 
@@ -185,7 +182,7 @@ def workflows(root: Path) -> list[Workflow]:
         return cli.main([str(source), "-o", str(folder / "m.gguf"), *common, *options])
 
     program = "pyengine-convert"
-    result = [
+    return [
         Workflow("convert", program, convert, resume=lambda f: convert(f, "--resume")),
         Workflow(
             "convert to several files",
@@ -202,8 +199,27 @@ def workflows(root: Path) -> list[Workflow]:
             before={"m.gguf": b"precious"},
         ),
         Workflow("save", "save", save_whole, before={"data.bin": b"precious"}, litter=True),
+        Workflow("save a chat", "save", chat_saver(), before={"a.chat": b"precious"}, litter=True),
     ]
-    return result
+
+
+def chat_saver() -> Callable[[Path], int]:
+    """Saves a conversation with its keys and values."""
+    import pyengine
+    from pyengine.chat_file import save_chat
+    from pyengine.cli.common import run_command
+    from pyengine.sampling import SamplerSettings
+
+    model = pyengine.Model.open(pyengine.demo_model_path())
+    chat = pyengine.Chat(model, session=model.session(n_ctx=512, threads=1), settings=SamplerSettings(temperature=0.0))
+    for _ in chat.send("Tom has 48 apples and buys 27 more. How many apples does he have now?"):
+        pass
+
+    def command(folder: Path) -> int:
+        save_chat(folder / "a.chat", chat)
+        return 0
+
+    return lambda folder: run_command("save", lambda: command(folder))
 
 
 def save_whole(folder: Path) -> int:
@@ -223,7 +239,10 @@ def save_whole(folder: Path) -> int:
 def faults_of(workflow: Workflow, rng: random.Random) -> Iterator[tuple[Fault, bool]]:
     """Every operation with every error, in random order, over and over; and whether to resume."""
     for round_ in range(1000):
-        kinds = [(FAIL, error, forever) for error in ERRORS for forever in (False, True)
+        kinds = [
+            (FAIL, error, forever)
+            for error in ERRORS
+            for forever in (False, True)
             if not (forever and error == errno.EINTR)  # which everybody tries again, and rightly
         ] + [
             (SHORT, 0, False),
@@ -238,9 +257,7 @@ def faults_of(workflow: Workflow, rng: random.Random) -> Iterator[tuple[Fault, b
 def kills_of(workflow: Workflow, rng: random.Random) -> Iterator[tuple[Fault, bool]]:
     for _ in range(1000):
         every = [
-            (at, kind)
-            for at in range(1, workflow.operations + 1)
-            for kind in (KILL_BEFORE, KILL_AFTER, KILL_MIDDLE)
+            (at, kind) for at in range(1, workflow.operations + 1) for kind in (KILL_BEFORE, KILL_AFTER, KILL_MIDDLE)
         ]
         rng.shuffle(every)
         for i, (at, kind) in enumerate(every):
@@ -256,7 +273,9 @@ def main() -> int:
     if "io_faults" not in os.environ.get("LD_PRELOAD", ""):
         with tempfile.TemporaryDirectory() as folder:
             environment = os.environ | {"LD_PRELOAD": str(build_shim(Path(folder)))}
-            return subprocess.run([sys.executable, "-m", "tests.faults.writes", *sys.argv[1:]], env=environment).returncode
+            return subprocess.run(
+                [sys.executable, "-m", "tests.faults.writes", *sys.argv[1:]], env=environment
+            ).returncode
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
     shim.io_faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     shim.io_faults_disarm.restype = ctypes.c_long
