@@ -317,6 +317,10 @@ struct SearchOffset4 {  // for offsets of any sign
   static constexpr float kFirst = -0.04f, kStep = 0.015f;
   static constexpr int kTrials = 10;
 };
+struct SearchOffset5 {
+  static constexpr float kFirst = -0.03f, kStep = 0.01f;
+  static constexpr int kTrials = 10;
+};
 struct SearchLine5 {
   static constexpr float kFirst = -0.03f, kStep = 0.025f;
   static constexpr int kTrials = 5;
@@ -348,7 +352,7 @@ bool fit(const Batch<N>& b, Choice* c, uint8_t* code, const BlockQ4_1*) {
 }
 template <int N>
 bool fit(const Batch<N>& b, Choice* c, uint8_t* code, const BlockQ5_1*) {
-  const bool ok = fit_single_line<31, SearchLine5>(b, c);
+  const bool ok = fit_single_line<31, SearchOffset5>(b, c);
   final_codes<Even<0, 31>>(b, *c, code);
   return ok;
 }

@@ -106,7 +106,7 @@ def check_published(folder: Path, expected: dict[str, bytes], what: str) -> None
 def phase(folder: Path, expected: dict[str, bytes]) -> str:
     """How far a killed conversion came, by what it left."""
     if contents(folder):
-        return "while the files got their names, or after"
+        return "while the files got their names, or just after"
     journal = next(folder.glob(".*.journal"), None)
     if journal is None:
         return "before the journal"
@@ -134,7 +134,9 @@ def finish(source: Path, out: Path, case: Case, expected: dict[str, bytes], what
 def kill(source: Path, whole: dict[int, dict[str, bytes]], count: int, rng: random.Random) -> None:
     phases: collections.Counter[str] = collections.Counter()
     cases = [Case(0, True), Case(SPLIT, True), Case(0, False), Case(SPLIT, False)]
-    for number in range(count):
+    number = -1
+    while sum(phases.values()) < count:
+        number += 1
         case = cases[number // 5 % len(cases)]
         expected = whole[case.split]
         with tempfile.TemporaryDirectory() as folder:
@@ -143,9 +145,7 @@ def kill(source: Path, whole: dict[int, dict[str, bytes]], count: int, rng: rand
                 duration = finish(source, out, case, expected, "undisturbed")
                 for name in expected:
                     (out.parent / name).unlink()
-            for again in range(
-                rng.choice((1, 1, 2, 3))
-            ):  # several kills of one conversion, the later ones of resumed ones
+            for again in range(rng.choice((1, 1, 2, 3))):  # several kills of one conversion: the later ones resumed
                 if again and contents(out.parent):
                     break
                 with start(source, out, case) as process:
@@ -153,16 +153,17 @@ def kill(source: Path, whole: dict[int, dict[str, bytes]], count: int, rng: rand
                     process.stdout.readline()  # "ready": Python has started
                     time.sleep(rng.uniform(0, duration))
                     process.send_signal(signal.SIGKILL)
-                    process.wait()
+                    killed = process.wait() == -signal.SIGKILL  # else it had just ended
                 check_published(out.parent, expected, f"kill {number}")
-                phases[phase(out.parent, expected)] += 1
+                if killed:
+                    phases[phase(out.parent, expected)] += 1
             if contents(out.parent) != expected:
                 if not case.resume and contents(out.parent):  # parts with final names are files that exist
                     for name in contents(out.parent):
                         (out.parent / name).unlink()
                 finish(source, out, case, expected, f"kill {number} of {case}")
     print(
-        f"{sum(phases.values())} kills in {count} conversions: never a partial file under a final name; every one ended"
+        f"{sum(phases.values())} kills in {number + 1} conversions: never a partial file under a final name; all ended"
     )
     print("in the bytes of the undisturbed run, with --resume and without. When they came:")
     for name, n in phases.most_common():
@@ -241,8 +242,10 @@ def main() -> None:
             (Path(name) / f"{split}").mkdir()
             report = convert(source, Path(name) / f"{split}" / "m.gguf", "q4_k_m", split=split or None)
             whole[split] = {p.name: p.read_bytes() for p in report.paths}
-        kill(source, whole, args.kills, rng)
-        fill(source, whole, args.full, rng)
+        if args.kills:
+            kill(source, whole, args.kills, rng)
+        if args.full:
+            fill(source, whole, args.full, rng)
 
 
 if __name__ == "__main__":
