@@ -32,7 +32,7 @@ HOT = [
     ("avx2", "linear_q32", r"multiply<", 6),
     ("avx2", "linear_q5", r"multiply<", 9),
     ("avx2", "linear_q23k", r"multiply<", 6),
-    ("avx2", "linear_q256", r"multiply<", 6),
+    ("avx2", "linear_q256", r"multiply_(k4|steps)<", 24),
     ("avx2", "linear_iq4", r"multiply<", 6),
     ("avx2", "attention", r"(panel|score)<", 24),
     ("avx512", "attention", r"(panel|score)<", 24),
@@ -43,7 +43,6 @@ HOT = [
 
 # What still keeps one vector, and how many instructions touch it: fewer is progress, more is not.
 KNOWN = {
-    r"BlockQ5_1, true, true>::multiply<3>": 2,
     r"score<.*Q8_0, 3,": 4,  # three heads, one token
     r"panel<.*Panels, 6,": 2,  # the keys that not all of its six rows see
 }

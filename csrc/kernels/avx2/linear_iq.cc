@@ -439,6 +439,8 @@ struct Coded {
   using Block = typename F::Block;
   static constexpr size_t kBlock = 256;
   static constexpr size_t kPanels = 4;
+  static constexpr size_t kTile = 3;
+  static constexpr bool kFetches = false;
   // Steps of a chain: a lane ends as 8 products of +-127 and codes up to 32 (at most 32512), or 4 of larger ones (at
   // most 31496).
   static constexpr int kSteps = F::kOffset <= 32 ? 4 : 2;

@@ -46,6 +46,8 @@ struct IQ4_NL {
   };
   using Side = WideSide;
   static constexpr size_t kPanels = 2;
+  static constexpr size_t kTile = 3;
+  static constexpr bool kFetches = false;
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t n, Panel* panel) {
     for (size_t b = 0; b < n; ++b) {
@@ -95,6 +97,8 @@ struct IQ4_XS {
   };
   using Side = WideSide;
   static constexpr size_t kPanels = 2;
+  static constexpr size_t kTile = 3;
+  static constexpr bool kFetches = false;
 
   // Scales less 32, [sub-block]: per row (sc, sc). A block begins with dwords (d, scales_h), scales_l.
   static void scales(const uint8_t* const row[8], size_t at, __m256i out[8]) {

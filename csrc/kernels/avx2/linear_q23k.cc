@@ -51,6 +51,8 @@ struct Q2_K {
     const int16_t* sum;  // of each sub-block's activations
   };
   static constexpr size_t kPanels = 4;
+  static constexpr size_t kTile = 3;
+  static constexpr bool kFetches = false;
 
   static void prepare(const Token& x, size_t, Side* side) { side->sum = x.sum16; }
 
@@ -152,6 +154,8 @@ struct Q3_K {
     int32_t centre[16];  // [sub-block]: a pair of int16
   };
   static constexpr size_t kPanels = 4;
+  static constexpr size_t kTile = 3;
+  static constexpr bool kFetches = false;
 
   static void prepare(const Token& x, size_t, Side* side) { centre16(x.sum, 4, side->centre); }
 

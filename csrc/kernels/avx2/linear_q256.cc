@@ -43,50 +43,110 @@ inline __m256i min_term(const __m256i* min, const int16_t sum[8]) {
 
 // ---- Q4_K, Q5_K ----
 
+// Sub-blocks are multiplied in pairs: int16 lane 2 r of a chain belongs to row r and the first of them, lane 2 r + 1 to the
+// second, and a step is two columns of each. Pairs: (0, 2), (1, 3), (4, 6), (5, 7), whose nibbles lie in the same half bytes.
 struct PanelK4 {
-  uint8_t codes[8][8][64];  // [sub-block][step][4 row + column]
-  __m256i scale[8][2];      // [sub-block][rows 0-7, 8-15]
+  uint8_t codes[4][16][64];  // [pair][step][4 row + 2 sub-block + column]
+  __m256i scale[4][2];       // [pair][rows 0-7, 8-15]: per row (sc, sc)
   __m256i min[2][4];
   __m256 d[2], dmin[2];
 };
 
-struct SideK4 {
-  const int16_t* sum;  // of each sub-block's activations
+// The sums of a block and its minima, which the chains leave no registers for.
+template <int kTokens>
+struct Work {
+  __m256i whole[kTokens][2];
+  __m256 min[kTokens][2];
 };
 
-// kChains per sub-block: 16 products a lane of codes 0 .. 15 end within +-30480; of 0 .. 31 only 8 fit (31496).
-template <int kTokens, int kChains, class K>
-void multiply_k4(const PanelK4& panel, const Slice<K, kTokens>& x, float* acc, size_t stride) {
-  constexpr int kSteps = 8 / kChains;
-  __m256i whole[kTokens][2];
-  for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
-  for (int j = 0; j < 8; ++j) {
-    for (int c = 0; c < kChains; ++c) {
+struct SideK4 {
+  alignas(32) int8_t q[4][64];  // [pair][step][2 sub-block + column]
+  int16_t sum[8];               // of each sub-block's activations
+  bool small;
+
+  void prepare(const Token& x) {
+    small = are_small(x.q);
+    memcpy(sum, x.sum32, sizeof sum);
+    for (int p = 0; p < 4; ++p) {
+      const int8_t* from = x.q + 128 * (p / 2) + 32 * (p % 2);
+      const __m256i a = load(from), b = load(from + 64);
+      const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+      store(q[p], _mm256_permute2x128_si256(low, high, 0x20));
+      store(q[p] + 32, _mm256_permute2x128_si256(low, high, 0x31));
+    }
+  }
+};
+
+// The panel's kPairs pairs of sub-blocks, 64 / kPairs steps each, times the scales. kSteps: of a chain, whose lanes end as
+// 2 kSteps products. centre: where chain c of pair p starts, at kPairs c + p, pairs of int16; none: at 0.
+template <class K, int kTokens, int kPairs, int kSteps, bool kCentred>
+inline void multiply_pairs(const typename K::Panel& panel, const int8_t* const q[kTokens],
+                           const int32_t* const centre[kTokens], const uint8_t* ahead, Work<kTokens>* work) {
+  constexpr int kPair = 64 / kPairs;
+  constexpr size_t kShare = kPanelRows * sizeof(typename K::Block) / kPairs;
+  PE_LOOP
+  for (int p = 0; p < kPairs; ++p) {
+    if (ahead) prefetch(ahead + static_cast<size_t>(p) * kShare, kShare);
+    PE_UNROLL
+    for (int c = 0; c < kPair / kSteps; ++c) {
+      forget(work);  // or the block's sums are kept in registers from chain to chain, and those on the stack
       __m256i sum[kTokens][2];
-      chain<kTokens, kSteps, true>(panel.codes[j][kSteps * c], x.q, 32 * j + 4 * kSteps * c, sum);
+      PE_UNROLL
+      for (int t = 0; kCentred && t < kTokens; ++t) sum[t][0] = sum[t][1] = broadcast32(centre[t] + kPairs * c + p);
+      const int first = kSteps * c;
+      chain<kTokens, kSteps, !kCentred>(panel.codes[p][first], q, 4 * static_cast<size_t>(kPair * p + first), sum);
+      PE_UNROLL
       for (int t = 0; t < kTokens; ++t) {
+        PE_UNROLL
         for (int h = 0; h < 2; ++h) {
-          whole[t][h] = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], panel.scale[j][h]));
+          __m256i v = _mm256_madd_epi16(sum[t][h], panel.scale[p][h]);
+          if (c != 0 || p != 0) v = _mm256_add_epi32(v, work->whole[t][h]);
+          work->whole[t][h] = v;
         }
       }
     }
   }
+}
+
+// Minima first: nothing waits for them, so that they fill the gaps between the chains.
+template <class K, int kTokens, int kSteps>
+PE_NOINLINE void multiply_k4(const PanelK4& panel, const Slice<K, kTokens>& x, float* acc, size_t stride,
+                             Work<kTokens>* work) {
+  const int8_t* q[kTokens];
+  PE_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    q[t] = x.side[t].q[0];
+    forget(q[t]);
+    PE_UNROLL
+    for (int h = 0; h < 2; ++h) work->min[t][h] = _mm256_cvtepi32_ps(min_term(panel.min[h], x.side[t].sum));
+  }
+  multiply_pairs<K, kTokens, 4, kSteps, false>(panel, q, nullptr, x.ahead, work);
+  PE_UNROLL
   for (int t = 0; t < kTokens; ++t) {
     const __m256 a = _mm256_set1_ps(*x.scale[t]);
+    PE_UNROLL
     for (int h = 0; h < 2; ++h) {
       float* to = acc + stride * static_cast<size_t>(t) + 8 * h;
-      __m256 f = _mm256_loadu_ps(to);
-      f = add_term(f, panel.d[h], a, whole[t][h]);
-      f = subtract_term(f, panel.dmin[h], a, min_term(panel.min[h], x.side[t].sum));
-      _mm256_storeu_ps(to, f);
+      const __m256 f = add_term(_mm256_loadu_ps(to), panel.d[h], a, work->whole[t][h]);
+      _mm256_storeu_ps(to, _mm256_fnmadd_ps(_mm256_mul_ps(panel.dmin[h], a), work->min[t][h], f));
     }
   }
+}
+
+template <class K, int kTokens>
+inline bool all_small(const Slice<K, kTokens>& x) {
+  bool small = true;
+  for (int t = 0; t < kTokens; ++t) small = small && x.side[t].small;
+  return small;
 }
 
 inline void decode_scales_k4(const uint8_t* const row[8], size_t at, int half, PanelK4* panel) {
   ScalesK4 s;
   scales_k4(row, at, &s);
-  for (int j = 0; j < 8; ++j) panel->scale[j][half] = s.scale[j];
+  for (int p = 0; p < 4; ++p) {
+    const int first = 4 * (p / 2) + p % 2;
+    panel->scale[p][half] = _mm256_blend_epi16(s.scale[first], s.scale[first + 2], 0xaa);
+  }
   for (int j = 0; j < 4; ++j) panel->min[half][j] = s.min[j];
   panel->d[half] = s.d;
   panel->dmin[half] = s.dmin;
@@ -96,30 +156,39 @@ struct Q4_K {
   using Block = BlockQ4_K;
   static constexpr size_t kBlock = 256;
   static constexpr size_t kPanels = 4;
+  static constexpr size_t kTile = 4;
+  static constexpr bool kFetches = true;
   using Panel = PanelK4;
   using Side = SideK4;
-  static void prepare(const Token& x, size_t, Side* side) { side->sum = x.sum32; }
+  static void prepare(const Token& x, size_t, Side* side) { side->prepare(x); }
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
     const size_t at = first * sizeof(Block);
+    PE_LOOP
     for (int half = 0; half < 2; ++half) {
       const uint8_t* const* row = rows + 8 * half;
       decode_scales_k4(row, at, half, panel);
-      for (int c = 0; c < 8; ++c) {  // 16 bytes: steps 4 (c % 2) .. of sub-blocks c / 2 * 2 and the next
-        __m256i v[4];
-        transpose16(row, at + offsetof(Block, qs) + 16 * static_cast<size_t>(c), v);
-        for (int s = 0; s < 4; ++s) {
-          store(panel->codes[c / 2 * 2][c % 2 * 4 + s] + 32 * half, low_nibbles(v[s]));
-          store(panel->codes[c / 2 * 2 + 1][c % 2 * 4 + s] + 32 * half, high_nibbles(v[s]));
+      PE_UNROLL
+      for (int c = 0; c < 4; ++c) {  // 16 bytes of two sub-blocks: steps 8 (c % 2) .. of pairs c / 2 * 2 and the next
+        __m256i v[8];
+        const size_t from =
+            at + offsetof(Block, qs) + 64 * static_cast<size_t>(c / 2) + 16 * static_cast<size_t>(c % 2);
+        transpose_pairs(row, from, from + 32, v);
+        PE_UNROLL
+        for (int s = 0; s < 8; ++s) {
+          store(panel->codes[c / 2 * 2][c % 2 * 8 + s] + 32 * half, low_nibbles(v[s]));
+          store(panel->codes[c / 2 * 2 + 1][c % 2 * 8 + s] + 32 * half, high_nibbles(v[s]));
         }
       }
     }
   }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q4_K, kTokens>& x, size_t, float* acc,
-                                   size_t stride) {
-    multiply_k4<kTokens, 1>(panel, x, acc, stride);
+  static void multiply(const Panel& panel, const Slice<Q4_K, kTokens>& x, size_t, float* acc, size_t stride) {
+    // A lane ends as products of 0 .. 15: 32 of small activations, at most 30690, or 16 of others, at most 30480.
+    Work<kTokens> work;
+    all_small(x) ? multiply_k4<Q4_K, kTokens, 16>(panel, x, acc, stride, &work)
+                 : multiply_k4<Q4_K, kTokens, 8>(panel, x, acc, stride, &work);
   }
 
   static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
@@ -163,44 +232,53 @@ struct Q5_K {
   using Block = BlockQ5_K;
   static constexpr size_t kBlock = 256;
   static constexpr size_t kPanels = 4;
+  static constexpr size_t kTile = 4;
+  static constexpr bool kFetches = true;
   using Panel = PanelK4;
   using Side = SideK4;
-  static void prepare(const Token& x, size_t, Side* side) { side->sum = x.sum32; }
+  static void prepare(const Token& x, size_t, Side* side) { side->prepare(x); }
 
-  // Sub-blocks 2 c and 2 c + 1.
-  template <int kC>
-  static void decode_pair(const uint8_t* const row[8], size_t at, const __m256i high[8], int half, Panel* panel) {
+  // Pairs 2 g and 2 g + 1: sub-blocks 4 g .. 4 g + 3.
+  template <int kG>
+  static void decode_pairs(const uint8_t* const row[8], size_t at, const __m256i high[16], int half, Panel* panel) {
+    PE_UNROLL
     for (int part = 0; part < 2; ++part) {
-      __m256i v[4];
-      transpose16(row, at + offsetof(Block, qs) + 32 * kC + 16 * static_cast<size_t>(part), v);
-      for (int s = 0; s < 4; ++s) {
-        const __m256i h = high[4 * part + s];
-        store(panel->codes[2 * kC][4 * part + s] + 32 * half, _mm256_or_si256(low_nibbles(v[s]), fifth_bit<2 * kC>(h)));
-        store(panel->codes[2 * kC + 1][4 * part + s] + 32 * half,
-              _mm256_or_si256(high_nibbles(v[s]), fifth_bit<2 * kC + 1>(h)));
+      __m256i v[8];
+      const size_t from = at + offsetof(Block, qs) + 64 * kG + 16 * static_cast<size_t>(part);
+      transpose_pairs(row, from, from + 32, v);
+      for (int s = 0; s < 8; ++s) {
+        // bits 4 g, 4 g + 1 of the first sub-blocks' columns, bits 4 g + 2, 4 g + 3 of the second's
+        const __m256i h = high[8 * part + s];
+        const __m256i low = _mm256_blend_epi16(fifth_bit<4 * kG>(h), fifth_bit<4 * kG + 2>(h), 0xaa);
+        const __m256i top = _mm256_blend_epi16(fifth_bit<4 * kG + 1>(h), fifth_bit<4 * kG + 3>(h), 0xaa);
+        store(panel->codes[2 * kG][8 * part + s] + 32 * half, _mm256_or_si256(low_nibbles(v[s]), low));
+        store(panel->codes[2 * kG + 1][8 * part + s] + 32 * half, _mm256_or_si256(high_nibbles(v[s]), top));
       }
     }
   }
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
     const size_t at = first * sizeof(Block);
+    PE_LOOP
     for (int half = 0; half < 2; ++half) {
       const uint8_t* const* row = rows + 8 * half;
       decode_scales_k4(row, at, half, panel);
-      __m256i high[8];
-      transpose16(row, at + offsetof(Block, qh), high);
-      transpose16(row, at + offsetof(Block, qh) + 16, high + 4);
-      decode_pair<0>(row, at, high, half, panel);
-      decode_pair<1>(row, at, high, half, panel);
-      decode_pair<2>(row, at, high, half, panel);
-      decode_pair<3>(row, at, high, half, panel);
+      __m256i high[16];
+      for (size_t part = 0; part < 2; ++part) {
+        const size_t from = at + offsetof(Block, qh) + 16 * part;
+        transpose_pairs(row, from, from, high + 8 * part);
+      }
+      decode_pairs<0>(row, at, high, half, panel);
+      decode_pairs<1>(row, at, high, half, panel);
     }
   }
 
   template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q5_K, kTokens>& x, size_t, float* acc,
-                                   size_t stride) {
-    multiply_k4<kTokens, 2>(panel, x, acc, stride);
+  static void multiply(const Panel& panel, const Slice<Q5_K, kTokens>& x, size_t, float* acc, size_t stride) {
+    // A lane ends as products of 0 .. 31: 16 of small activations, at most 31713, or 8 of others, at most 31496.
+    Work<kTokens> work;
+    all_small(x) ? multiply_k4<Q5_K, kTokens, 8>(panel, x, acc, stride, &work)
+                 : multiply_k4<Q5_K, kTokens, 4>(panel, x, acc, stride, &work);
   }
 
   // Sub-blocks 2 c and 2 c + 1 of one row against q (from the block on).
@@ -245,44 +323,73 @@ struct Q6_K {
   using Block = BlockQ6_K;
   static constexpr size_t kBlock = 256;
   struct Panel {
-    uint8_t codes[16][4][64];  // [sub-block of 16][step][4 row + column], 0 .. 63
-    __m256i scale[16][2];      // [sub-block][rows 0-7, 8-15]: per row (sc, sc)
+    uint8_t codes[8][8][64];  // [pair of sub-blocks of 16][step][4 row + 2 sub-block + column], 0 .. 63
+    __m256i scale[8][2];      // [pair][rows 0-7, 8-15]: per row (sc, sc)
     __m256 d[2];
   };
   struct Side {
-    int32_t centre[16];  // [sub-block]: a pair of int16
+    alignas(32) int8_t q[8][32];  // [pair][step][2 sub-block + column]
+    int32_t centre[8];            // [pair]: where chains start, a pair of int16
+    int32_t half[2][8];           // [steps 0-3, 4-7][pair]: the same for chains of half the length
+    bool small;
   };
   static constexpr size_t kPanels = 4;
+  static constexpr size_t kTile = 4;
+  static constexpr bool kFetches = true;
 
-  static void prepare(const Token& x, size_t, Side* side) { centre16(x.sum, 32, side->centre); }
+  static void prepare(const Token& x, size_t, Side* side) {
+    __m256i sum[8];  // [pair]: of each step, as pairs of int16
+    for (int p = 0; p < 8; ++p) {
+      const __m256i both = _mm256_permute4x64_epi64(load(x.q + 32 * p), 0xd8);
+      const __m256i pairs = _mm256_unpacklo_epi16(both, _mm256_srli_si256(both, 8));
+      store(side->q[p], pairs);
+      sum[p] = _mm256_maddubs_epi16(_mm256_set1_epi8(1), pairs);
+    }
+    const auto add = [](__m256i a, __m256i b) {
+      return _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    };
+    const auto add4 = [&](const __m256i v[4]) {  // of each v its four steps, in both halves
+      const __m256i a = add(v[0], v[1]), b = add(v[2], v[3]);
+      const __m256i total = _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+      return _mm256_mullo_epi16(total, _mm256_set1_epi16(-32));
+    };
+    const __m256i a = add4(sum), b = add4(sum + 4);
+    store(side->half[0], _mm256_permute2x128_si256(a, b, 0x20));
+    store(side->half[1], _mm256_permute2x128_si256(a, b, 0x31));
+    store(side->centre, _mm256_add_epi16(load(side->half[0]), load(side->half[1])));
+    side->small = are_small(x.q);
+  }
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t, Panel* panel) {
     const size_t at = first * sizeof(Block);
+    PE_LOOP
     for (int half = 0; half < 2; ++half) {
       const uint8_t* const* row = rows + 8 * half;
       __m256i v[4];
       transpose16(row, at + offsetof(Block, scales), v);
-      for (int j = 0; j < 16; ++j) {
-        const __m256i unsigned_pair = byte_pair(v[j / 4], j % 4, j % 4);
-        panel->scale[j][half] = _mm256_srai_epi16(_mm256_slli_epi16(unsigned_pair, 8), 8);
+      for (int p = 0; p < 8; ++p) {
+        const __m256i unsigned_pair = byte_pair(v[p / 2], 2 * p % 4, 2 * p % 4 + 1);
+        panel->scale[p][half] = _mm256_srai_epi16(_mm256_slli_epi16(unsigned_pair, 8), 8);
       }
       panel->d[half] = load_f16(row, at + offsetof(Block, d));
-      for (int h = 0; h < 2; ++h) {             // 128 codes
-        for (int part = 0; part < 2; ++part) {  // 16 bytes of qh: codes 32 s + 16 part .. of each s = 0 .. 3
-          __m256i high[4], first_low[4], second_low[4];
-          const size_t ql = at + offsetof(Block, ql) + 64 * static_cast<size_t>(h) + 16 * static_cast<size_t>(part);
-          transpose16(row, at + offsetof(Block, qh) + 32 * static_cast<size_t>(h) + 16 * static_cast<size_t>(part),
-                      high);
-          transpose16(row, ql, first_low);
-          transpose16(row, ql + 32, second_low);
-          for (int s = 0; s < 4; ++s) {
-            uint8_t* to = panel->codes[8 * h + part][s] + 32 * half;  // every second sub-block
-            constexpr size_t kNext = 2 * sizeof panel->codes[0];
-            store(to, _mm256_or_si256(low_nibbles(first_low[s]), top_bits<0>(high[s])));
-            store(to + kNext, _mm256_or_si256(low_nibbles(second_low[s]), top_bits<2>(high[s])));
-            store(to + 2 * kNext, _mm256_or_si256(high_nibbles(first_low[s]), top_bits<4>(high[s])));
-            store(to + 3 * kNext, _mm256_or_si256(high_nibbles(second_low[s]), top_bits<6>(high[s])));
-          }
+      PE_UNROLL
+      for (size_t h = 0; h < 2; ++h) {  // 128 codes: 32 bytes of qh, twice 32 of ql
+        __m256i high[8], low[8];
+        const size_t qh = at + offsetof(Block, qh) + 32 * h, ql = at + offsetof(Block, ql) + 64 * h;
+        transpose_pairs(row, qh, qh + 16, high);
+        uint8_t* to = panel->codes[4 * h][0] + 32 * half;
+        constexpr size_t kPair = sizeof panel->codes[0];
+        transpose_pairs(row, ql, ql + 16, low);
+        PE_UNROLL
+        for (size_t s = 0; s < 8; ++s) {
+          store(to + 64 * s, _mm256_or_si256(low_nibbles(low[s]), top_bits<0>(high[s])));
+          store(to + 64 * s + 2 * kPair, _mm256_or_si256(high_nibbles(low[s]), top_bits<4>(high[s])));
+        }
+        transpose_pairs(row, ql + 32, ql + 48, low);
+        PE_UNROLL
+        for (size_t s = 0; s < 8; ++s) {
+          store(to + 64 * s + kPair, _mm256_or_si256(low_nibbles(low[s]), top_bits<2>(high[s])));
+          store(to + 64 * s + 3 * kPair, _mm256_or_si256(high_nibbles(low[s]), top_bits<6>(high[s])));
         }
       }
     }
@@ -296,23 +403,27 @@ struct Q6_K {
     return _mm256_and_si256(moved, _mm256_set1_epi8(0x30));
   }
 
-  template <int kTokens>
-  PE_NOINLINE static void multiply(const Panel& panel, const Slice<Q6_K, kTokens>& x, size_t, float* acc,
-                                   size_t stride) {
-    __m256i whole[kTokens][2];
-    for (int t = 0; t < kTokens; ++t) whole[t][0] = whole[t][1] = _mm256_setzero_si256();
-    for (int j = 0; j < 16; ++j) {
-      __m256i sum[kTokens][2];
-      for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = broadcast32(&x.side[t].centre[j]);
-      chain<kTokens, 4, false>(panel.codes[j][0], x.q, 16 * j, sum);
-      // a lane ends as 8 products of -32 .. 31 and +-127: at most 32512
-      for (int t = 0; t < kTokens; ++t) {
-        for (int h = 0; h < 2; ++h) {
-          whole[t][h] = _mm256_add_epi32(whole[t][h], _mm256_madd_epi16(sum[t][h], panel.scale[j][h]));
-        }
-      }
+  template <int kTokens, int kSteps>
+  PE_NOINLINE static void multiply_steps(const Panel& panel, const Slice<Q6_K, kTokens>& x, float* acc, size_t stride,
+                                         Work<kTokens>* work) {
+    const int8_t* q[kTokens];
+    const int32_t* centre[kTokens];
+    PE_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      q[t] = x.side[t].q[0];
+      forget(q[t]);
+      centre[t] = kSteps == 8 ? x.side[t].centre : x.side[t].half[0];
     }
-    add_block(panel.d, x.scale, 0, whole, acc, stride);
+    multiply_pairs<Q6_K, kTokens, 8, kSteps, true>(panel, q, centre, x.ahead, work);
+    add_block(panel.d, x.scale, 0, work->whole, acc, stride);
+  }
+
+  template <int kTokens>
+  static void multiply(const Panel& panel, const Slice<Q6_K, kTokens>& x, size_t, float* acc, size_t stride) {
+    // A lane ends as products of -32 .. 31: 16 of small activations, at most 32736, or 8 of others, at most 32512.
+    Work<kTokens> work;
+    all_small(x) ? multiply_steps<kTokens, 8>(panel, x, acc, stride, &work)
+                 : multiply_steps<kTokens, 4>(panel, x, acc, stride, &work);
   }
 
   // 32 codes times 32 activations times their two scales: sub-blocks 2 j and 2 j + 1 fill one 128-bit half each.
@@ -366,7 +477,7 @@ struct Q6_K {
 }  // namespace
 
 void avx2_linear_q256(KernelTable* table) {
-  table->linear_rows = 4 * kPanelRows;
+  table->linear_rows = kBlockRows;
   table->linear[static_cast<int>(Format::Q4_K)] = linear<Q4_K>;
   table->linear[static_cast<int>(Format::Q5_K)] = linear<Q5_K>;
   table->linear[static_cast<int>(Format::Q6_K)] = linear<Q6_K>;

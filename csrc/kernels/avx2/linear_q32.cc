@@ -16,6 +16,8 @@ struct Q4_0 {
     int32_t centre[8];  // [block]: a pair of int16
   };
   static constexpr size_t kPanels = 4;
+  static constexpr size_t kTile = 3;
+  static constexpr bool kFetches = false;
 
   static void decode(const uint8_t* const rows[16], size_t first, size_t n, Panel* panel) {
     for (size_t b = 0; b < n; ++b) {
@@ -92,6 +94,8 @@ struct Q8_0 {
   using Block = BlockQ8_0;
   static constexpr size_t kBlock = 32;
   static constexpr size_t kPanels = 2;
+  static constexpr size_t kTile = 3;
+  static constexpr bool kFetches = false;
   struct Panel {
     Wide codes[8];
     __m256 d[8][2];  // [block][rows 0-7, 8-15]

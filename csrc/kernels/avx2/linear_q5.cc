@@ -89,6 +89,8 @@ struct Nibbles {
     const int16_t* sum;  // [block]
   };
   static constexpr size_t kPanels = 4;
+  static constexpr size_t kTile = 3;
+  static constexpr bool kFetches = false;
 
   static void prepare(const Token& x, size_t, Side* side) {
     if constexpr (kCentre != 0) centre32(x.sum, kCentre, side->centre);

@@ -1,13 +1,17 @@
 // What the AVX2 linear kernels share: a panel of 16 rows laid out by columns, products chained in int16, the loops
 // around.
 //
-// Many tokens. Weights are decoded 16 rows x 256 columns at a time into a panel in the first-level cache, and every
-// token of a batch is multiplied with it before the next is decoded. A step of the panel is 4 columns: 64 bytes, row
-// r's four unsigned codes at 4 r. Three tokens are multiplied at once:
+// Many tokens. Weights are decoded 16 rows x 256 columns at a time into panels in the first-level cache, and every token of
+// a batch is multiplied with them before the next are decoded. A step of the panel is 4 columns: 64 bytes, row r's four
+// unsigned codes at 4 r. K::kTile tokens, three or four, are multiplied at once:
 //
-//   registers   2 panel halves (rows 0-7, 8-15), 1 broadcast of a token's 4 int8, 1 product, 6 int16 sums = 10;
-//               the other 6 hold what outlives a sub-block (int32 or float sums)
-//   per step    2 + 3 loads, 6 vpmaddubsw, 6 vpaddw for 192 products
+//   registers   2 panel halves (rows 0-7, 8-15), 1 broadcast of a token's 4 int8, 1 product, 6 or 8 int16 sums = 10 or 12;
+//               with three the other 6 hold what outlives a sub-block (int32 or float sums), with four that lies in memory
+//   per step    2 + 3 loads, 6 vpmaddubsw, 6 vpaddw for 192 products; or 2 + 4, 8, 8 for 256
+//   bound       64 MAC/cycle where two of vpmaddubsw and four of anything start a cycle (Zen 5); additions take some of the
+//               places of products: 57 is what a loop of nothing else reaches, tiles in the first-level cache too. Q4_K: 154
+//               of 290 instructions of a token's 256 columns of 16 rows are products, which makes that 48
+//   measured    Q4_K, Zen 5, multiply alone in the first-level cache: 44
 //
 // int16 lane 2 r of a sum belongs to row r and columns 0, 1 of each step, lane 2 r + 1 to columns 2, 3. Additions wrap,
 // so only the end of a chain has to fit. The bounds are stated where a chain ends.
@@ -19,14 +23,16 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
+#include "kernels/unroll.h"
 
 namespace pe {
 namespace {
 
 constexpr size_t kPanelRows = 16;
 constexpr size_t kPanelCols = 256;
-constexpr size_t kMany = 192;  // tokens that meet a group of panels before the next is decoded
-constexpr size_t kFew = 32;    // up to this many meet one panel at a time: a group gains nothing and leaves less cache
+constexpr size_t kMany = 128;       // tokens that meet a group of panels before the next is decoded
+constexpr size_t kBlockRows = 256;  // rows that meet the same 256 columns of a batch: acc takes 128 KiB of the stack
+constexpr size_t kFew = 8;          // tokens that meet weights as they come from memory
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
@@ -41,13 +47,6 @@ inline __m256i broadcast32(const void* p) {
 inline __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 
-// The inner loops are functions of their own: inlined, what surrounds them takes their registers.
-#if defined(__GNUC__)
-#define PE_NOINLINE __attribute__((noinline))
-#else
-#define PE_NOINLINE __declspec(noinline)
-#endif
-
 // A value the compiler must have in a register here. Without it all products of a chain are computed first, as
 // additions may be reordered, and spilled, and the panel is loaded anew for every token.
 inline void pin(__m256i& v) {
@@ -55,6 +54,16 @@ inline void pin(__m256i& v) {
   __asm__ volatile("" : "+x"(v));
 #else
   (void)v;
+#endif
+}
+
+// Leaves the compiler without knowledge of where p points.
+template <class T>
+inline void forget(T*& p) {
+#if defined(__GNUC__)
+  __asm__ volatile("" : "+r"(p));
+#else
+  (void)p;
 #endif
 }
 
@@ -70,16 +79,33 @@ inline __m256i two_rows(const uint8_t* const row[8], int r, size_t at) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row[r] + at)), load128(row[r + 4] + at), 1);
 }
 
-// 16 bytes from each of 8 rows -> out[s]: bytes 4 s .. 4 s + 3 of rows 0 .. 7.
-inline void transpose16(const uint8_t* const row[8], size_t at, __m256i out[4]) {
-  __m256i v[4];
-  for (int i = 0; i < 4; ++i) v[i] = two_rows(row, i, at);
+// Four dwords of rows r and r + 4 in v[r] -> out[s]: dword s of rows 0 .. 7.
+inline void transpose_dwords(const __m256i v[4], __m256i out[4]) {
   const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
   const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
   out[0] = _mm256_unpacklo_epi64(a, b);
   out[1] = _mm256_unpackhi_epi64(a, b);
   out[2] = _mm256_unpacklo_epi64(c, d);
   out[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+// 16 bytes from each of 8 rows -> out[s]: bytes 4 s .. 4 s + 3 of rows 0 .. 7.
+inline void transpose16(const uint8_t* const row[8], size_t at, __m256i out[4]) {
+  __m256i v[4];
+  for (int i = 0; i < 4; ++i) v[i] = two_rows(row, i, at);
+  transpose_dwords(v, out);
+}
+
+// 16 bytes at `at` and 16 at `next` of each of 8 rows -> out[s]: per row bytes 2 s, 2 s + 1 of the first and of the second.
+inline void transpose_pairs(const uint8_t* const row[8], size_t at, size_t next, __m256i out[8]) {
+  __m256i low[4], high[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256i a = two_rows(row, i, at), b = two_rows(row, i, next);
+    low[i] = _mm256_unpacklo_epi16(a, b);
+    high[i] = _mm256_unpackhi_epi16(a, b);
+  }
+  transpose_dwords(low, out);
+  transpose_dwords(high, out + 4);
 }
 
 // Bytes `low` and `high` of each dword as a pair of int16, zero-extended.
@@ -117,17 +143,23 @@ inline void centre16(const int16_t* sum, short offset, int32_t out[16]) {
 // grows by the products.
 template <int kTokens, int kSteps, bool kStart>
 inline void chain(const uint8_t* codes, const int8_t* const q[kTokens], size_t at, __m256i sum[kTokens][2]) {
+  PE_UNROLL
   for (int s = 0; s < kSteps; ++s) {
-    __m256i w0 = load(codes + 64 * s), w1 = load(codes + 64 * s + 32);
-    pin(w0);
-    pin(w1);
+    __m256i w[2];
+    PE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      w[h] = load(codes + 64 * s + 32 * h);
+      pin(w[h]);
+    }
+    PE_UNROLL
     for (int t = 0; t < kTokens; ++t) {
       const __m256i x = broadcast32(q[t] + at + 4 * s);
-      const __m256i p0 = _mm256_maddubs_epi16(w0, x), p1 = _mm256_maddubs_epi16(w1, x);
-      sum[t][0] = kStart && s == 0 ? p0 : _mm256_add_epi16(sum[t][0], p0);
-      sum[t][1] = kStart && s == 0 ? p1 : _mm256_add_epi16(sum[t][1], p1);
-      pin(sum[t][0]);
-      pin(sum[t][1]);
+      PE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const __m256i p = _mm256_maddubs_epi16(w[h], x);
+        sum[t][h] = kStart && s == 0 ? p : _mm256_add_epi16(sum[t][h], p);
+        pin(sum[t][h]);
+      }
     }
   }
 }
@@ -156,24 +188,38 @@ struct Token {
   }
 };
 
-// 256 activations of kTokens tokens, with what K::prepare made of them for all panels of a group.
+// 256 activations of kTokens tokens, with what K::prepare made of them.
 template <class K, int kTokens>
 struct Slice {
   const int8_t* q[kTokens];
   const float* scale[kTokens];
-  alignas(32) typename K::Side side[kTokens];
+  const typename K::Side* side;
+  const uint8_t* ahead;  // the next 16 rows' blocks, to be fetched meanwhile (K::kFetches); nullptr: nothing
 
-  // Blocks first .. first + n - 1 of tokens `token` ..
-  Slice(const LinearArgs& args, const ActLayout& at, size_t token, size_t first, size_t n) {
+  // Blocks from `first` on of tokens `token` ..
+  Slice(const LinearArgs& args, const ActLayout& at, size_t token, size_t first, const typename K::Side* sides,
+        const uint8_t* next)
+      : side(sides), ahead(next) {
     for (size_t t = 0; t < kTokens; ++t) {
       Token x(args, at, token + t);
       x.skip(first, K::kBlock);
       q[t] = x.q;
       scale[t] = x.scale;
-      K::prepare(x, n, &side[t]);
     }
   }
 };
+
+// Whether no 16 of 256 activations (of columns 16 i ..) add up to more than 1023 in magnitude, as all but unusual ones: then
+// chains may be twice as long.
+inline bool are_small(const int8_t* q) {
+  __m256i most = _mm256_setzero_si256();
+  for (int i = 0; i < 256; i += 64) {
+    const __m256i a = _mm256_sad_epu8(_mm256_abs_epi8(load(q + i)), _mm256_setzero_si256());
+    const __m256i b = _mm256_sad_epu8(_mm256_abs_epi8(load(q + i + 32)), _mm256_setzero_si256());
+    most = _mm256_max_epi16(most, _mm256_add_epi64(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)));
+  }
+  return _mm256_testz_si256(_mm256_cmpgt_epi16(most, _mm256_set1_epi16(1023)), _mm256_set1_epi8(-1)) != 0;
+}
 
 // Codes of eight bits: pairs of their products saturate, so the panel holds int16 and every product of two columns goes to
 // int32. A step is 2 columns, 16 of them a block of 32: even steps 2 s columns 4 s and 4 s + 2, odd ones 4 s + 1 and 4 s + 3.
@@ -195,7 +241,7 @@ inline void prepare_wide(const int8_t* q, size_t blocks, WideSide* side) {
 }
 
 template <int kTokens>
-inline void chain_wide(const Wide& wide, const WideSide side[kTokens], size_t block, __m256i sum[kTokens][2]) {
+inline void chain_wide(const Wide& wide, const WideSide* side, size_t block, __m256i sum[kTokens][2]) {
   // Unrolled by request: as a loop its sums stay in memory.
 #if defined(__GNUC__)
 #pragma GCC unroll 16
@@ -264,46 +310,113 @@ inline void row_pointers(const LinearArgs& args, size_t row, size_t n, const uin
 
 // The loops of a format K:
 //   K::Block, K::kBlock weights, K::Panel
-//   K::kPanels                              panels of a group: together with 3 tokens they fit the first-level cache
+//   K::kPanels                              panels of a group: together with K::kTile tokens they fit the first-level cache
+//   K::kTile                                tokens multiplied at once, at most
+//   K::kFetches                             multiply fetches what lies at slice.ahead
 //   K::decode(rows, first, n, &panel)       blocks first .. first + n - 1 of 16 rows (n * kBlock <= 256)
 //   K::Side, K::prepare(token, n, &side)    what all panels need of n blocks of the same activations
 //   K::multiply<T>(panel, slice, n, acc, s) acc[s * t + row] += panel * T tokens
 //   K::dot8(rows, token, blocks, ahead)     one token, 8 rows, the whole row; the next 8 begin at `ahead`
+
 template <class K, int kTokens>
-inline void all_panels(const typename K::Panel* panel, size_t panels, const Slice<K, kTokens>& x, size_t n, float* acc,
-                       size_t stride) {
+inline void multiply_panels(const typename K::Panel* panel, size_t panels, const Slice<K, kTokens>& x, size_t n,
+                            float* acc, size_t stride) {
   for (size_t p = 0; p < panels; ++p) K::template multiply<kTokens>(panel[p], x, n, acc + kPanelRows * p, stride);
 }
 
-template <class K, size_t kPanels, size_t kBatch>
-void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size_t tokens) {
-  constexpr size_t kBlocks = kPanelCols / K::kBlock, kRows = kPanels * kPanelRows;
-  alignas(64) typename K::Panel panel[kPanels];
-  alignas(64) float acc[kBatch][kRows];
-  const size_t blocks = args.cols / K::kBlock;
-  for (size_t row = 0; row < args.rows; row += kRows) {
-    const size_t n_rows = args.rows - row < kRows ? args.rows - row : kRows;
-    const size_t panels = (n_rows + kPanelRows - 1) / kPanelRows;
-    const uint8_t* rows[kRows];
-    row_pointers(args, row, kRows, rows);
+// acc[stride * t + row] += the panels' n blocks from `first` on times token `token` + t, for 1 .. K::kTile tokens.
+template <class K>
+inline void multiply_tile(const typename K::Panel* panel, size_t panels, const LinearArgs& args, const ActLayout& at,
+                          size_t token, size_t tokens, size_t first, size_t n, const typename K::Side* side,
+                          const uint8_t* ahead, float* acc, size_t stride) {
+  if (tokens == 1) {
+    multiply_panels(panel, panels, Slice<K, 1>(args, at, token, first, side, ahead), n, acc, stride);
+  } else if (tokens == 2) {
+    multiply_panels(panel, panels, Slice<K, 2>(args, at, token, first, side, ahead), n, acc, stride);
+  } else if (tokens == 3) {
+    multiply_panels(panel, panels, Slice<K, 3>(args, at, token, first, side, ahead), n, acc, stride);
+  } else if constexpr (K::kTile == 4) {
+    multiply_panels(panel, panels, Slice<K, 4>(args, at, token, first, side, ahead), n, acc, stride);
+  }
+}
+
+// Blocks first .. first + n - 1 of `tokens` tokens from `token` on.
+template <class K>
+inline void prepare(const LinearArgs& args, const ActLayout& at, size_t token, size_t tokens, size_t first, size_t n,
+                    typename K::Side* side) {
+  for (size_t t = 0; t < tokens; ++t) {
+    Token x(args, at, token + t);
+    x.skip(first, K::kBlock);
+    prefetch(reinterpret_cast<const uint8_t*>(x.q) + 4 * args.x_stride, n * K::kBlock);  // four tokens ahead
+    K::prepare(x, n, &side[t]);
+  }
+}
+
+// Up to kBlockRows rows from `row` on times up to kMany tokens. Columns outermost: what the tokens have in 256 of them stays
+// in the second-level cache while all rows meet it; from the third it comes too slowly.
+template <class K>
+void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size_t tokens, size_t row, size_t rows) {
+  constexpr size_t kBlocks = kPanelCols / K::kBlock, kRows = K::kPanels * kPanelRows, kGroups = kBlockRows / kRows;
+  alignas(64) typename K::Panel panel[K::kPanels];
+  alignas(64) float acc[kGroups][kMany][kRows];
+  alignas(64) typename K::Side side[kMany];
+  const uint8_t* pointers[kBlockRows];
+  row_pointers(args, row, kBlockRows, pointers);
+  const size_t groups = (rows + kRows - 1) / kRows, blocks = args.cols / K::kBlock;
+  for (size_t g = 0; g < groups; ++g) memset(acc[g], 0, tokens * sizeof acc[g][0]);
+  const size_t parts = (tokens + K::kTile - 1) / K::kTile;  // of equal size, as far as it goes: 4 tokens are 2 + 2
+  for (size_t b = 0; b < blocks; b += kBlocks) {
+    const size_t n = blocks - b < kBlocks ? blocks - b : kBlocks;
+    prepare<K>(args, at, token, tokens, b, n, side);
+    for (size_t g = 0; g < groups; ++g) {
+      const uint8_t* const* group = pointers + g * kRows;
+      const size_t left = rows - g * kRows, panels = left < kRows ? (left + kPanelRows - 1) / kPanelRows : K::kPanels;
+      for (size_t p = 0; p < panels; ++p) K::decode(group + kPanelRows * p, b, n, &panel[p]);
+      for (size_t i = 0; i < parts; ++i) {
+        for (size_t r = i * kRows / parts; r < (i + 1) * kRows / parts; ++r)
+          prefetch(group[r] + (b + n) * sizeof(typename K::Block), n * sizeof(typename K::Block));
+        const size_t t = i * tokens / parts, next = (i + 1) * tokens / parts;
+        multiply_tile<K>(panel, panels, args, at, token + t, next - t, b, n, side + t, nullptr, acc[g][t], kRows);
+      }
+    }
+  }
+  for (size_t g = 0; g < groups; ++g) {
+    const size_t left = rows - g * kRows, n = left < kRows ? left : kRows;
+    for (size_t t = 0; t < tokens; ++t)
+      memcpy(args.y + (token + t) * args.y_stride + row + g * kRows, acc[g][t], n * sizeof(float));
+  }
+}
+
+// Up to kFew tokens, 16 rows at a time along all their columns: the weights come from memory in the order of the file.
+template <class K>
+void few_tokens(const LinearArgs& args, const ActLayout& at) {
+  constexpr size_t kBlocks = kPanelCols / K::kBlock, kBytes = sizeof(typename K::Block);
+  constexpr size_t kSides = 128 * 1024 / sizeof(typename K::Side);
+  alignas(64) typename K::Panel panel;
+  alignas(64) typename K::Side side[kSides];
+  alignas(64) float acc[kFew][kPanelRows];
+  const size_t tokens = args.tokens, blocks = args.cols / K::kBlock;
+  const bool all = (blocks + kBlocks - 1) / kBlocks * tokens <= kSides;  // prepared once, else for every 16 rows
+  for (size_t row = 0; row < args.rows; row += kPanelRows) {
+    const uint8_t* rows[kPanelRows];
+    row_pointers(args, row, kPanelRows, rows);
     memset(acc, 0, tokens * sizeof acc[0]);
     for (size_t b = 0; b < blocks; b += kBlocks) {
       const size_t n = blocks - b < kBlocks ? blocks - b : kBlocks;
-      for (size_t p = 0; p < panels; ++p) K::decode(rows + kPanelRows * p, b, n, &panel[p]);
-      prefetch(rows[0] + kRows * (args.w_stride + b * sizeof(typename K::Block)),
-               kRows * n * sizeof(typename K::Block));
-      for (size_t t = 0; t < tokens;) {
-        // 4 tokens: 2 + 2
-        const size_t left = tokens - t, take = left == 4 || left == 2 ? 2 : left == 1 ? 1 : 3;
-        if (take == 3) all_panels<K, 3>(panel, panels, Slice<K, 3>(args, at, token + t, b, n), n, acc[t], kRows);
-        if (take == 2) all_panels<K, 2>(panel, panels, Slice<K, 2>(args, at, token + t, b, n), n, acc[t], kRows);
-        if (take == 1) all_panels<K, 1>(panel, panels, Slice<K, 1>(args, at, token + t, b, n), n, acc[t], kRows);
-        t += take;
+      typename K::Side* const sides = side + (all ? b / kBlocks * tokens : 0);
+      if (!all || row == 0) prepare<K>(args, at, 0, tokens, b, n, sides);
+      const uint8_t* const ahead = rows[0] + kPanelRows * (args.w_stride + b * kBytes);
+      if (!K::kFetches) prefetch(ahead, kPanelRows * n * kBytes);
+      K::decode(rows, b, n, &panel);
+      const size_t groups = (tokens + K::kTile - 1) / K::kTile;
+      for (size_t i = 0; i < groups; ++i) {
+        const size_t t = i * tokens / groups, next = (i + 1) * tokens / groups;
+        multiply_tile<K>(&panel, 1, args, at, t, next - t, b, n, sides + t, i == 0 ? ahead : nullptr, acc[t],
+                         kPanelRows);
       }
     }
-    for (size_t t = 0; t < tokens; ++t) {
-      memcpy(args.y + (token + t) * args.y_stride + row, acc[t], n_rows * sizeof(float));
-    }
+    const size_t n_rows = args.rows - row < kPanelRows ? args.rows - row : kPanelRows;
+    for (size_t t = 0; t < tokens; ++t) memcpy(args.y + t * args.y_stride + row, acc[t], n_rows * sizeof(float));
   }
 }
 
@@ -311,12 +424,17 @@ template <class K>
 void linear(const LinearArgs& args) {
   const ActLayout at = act_layout(K::kBlock == 32 ? Act::Q32 : Act::Q256, args.cols);
   if (args.tokens > kFew) {
-    for (size_t t = 0; t < args.tokens; t += kMany) {
-      many_tokens<K, K::kPanels, kMany>(args, at, t, args.tokens - t < kMany ? args.tokens - t : kMany);
+    const size_t batches = (args.tokens + kMany - 1) / kMany;
+    for (size_t row = 0; row < args.rows; row += kBlockRows) {
+      const size_t rows = args.rows - row < kBlockRows ? args.rows - row : kBlockRows;
+      for (size_t i = 0; i < batches; ++i) {
+        const size_t t = i * args.tokens / batches;
+        many_tokens<K>(args, at, t, (i + 1) * args.tokens / batches - t, row, rows);
+      }
     }
     return;
   }
-  if (args.tokens > 1) return many_tokens<K, 1, kFew>(args, at, 0, args.tokens);
+  if (args.tokens > 1) return few_tokens<K>(args, at);
   const Token token(args, at, 0);
   for (size_t row = 0; row < args.rows; row += 8) {
     const uint8_t* rows[8];
