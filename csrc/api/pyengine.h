@@ -311,7 +311,8 @@ void pe_model_close(pe_model* model);
 pe_status pe_model_get_info(const pe_model* model, pe_model_info* out);
 /* Tells models apart by what keys and values depend on: the numbers of the configuration (with rope_attn_scale), and of each
  * tensor its name, type, shape and a sample of its bytes. Not by names or templates. The first call reads a few pages of each
- * tensor. It finds the wrong file; it proves nothing against one made to deceive. PE_E_ARGUMENT. */
+ * tensor. It finds the wrong file; it proves nothing against one made to deceive. PE_E_ARGUMENT, PE_E_IO
+ * (a guarded file has changed). */
 pe_status pe_model_fingerprint(const pe_model* model, uint64_t* out);
 /* The file behind the model, for its metadata. Dies with the model: do not close it. */
 const pe_file* pe_model_file(const pe_model* model);
