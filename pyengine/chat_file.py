@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pyengine.chat import ChatTemplate, check_messages
-from pyengine.errors import EngineError, FileError, FormatError, InvalidArgument
+from pyengine.errors import EngineError, FileError, FormatError, InvalidArgument, OutOfMemory
 from pyengine.files import check_target, replacing
-from pyengine.json_fields import Fields, kind_of, parse, settings_from_json, settings_to_json
+from pyengine.json_fields import Fields, check_depth, kind_of, parse, settings_from_json, settings_to_json
 from pyengine.sampling import SamplerSettings
 
 if TYPE_CHECKING:
@@ -273,6 +273,8 @@ def _restore_keys(opened: _Opened, saved: SavedKeys, session: Session) -> tuple[
         except EngineError as error:
             if error.code == "other_epoch":
                 return 0, error.message
+            if error.code == "busy" or isinstance(error, OutOfMemory):  # nothing is wrong with the file
+                raise
             raise opened.bad(
                 f"is damaged in the keys of its tokens {first}..{first + n - 1}: {error.message}; its messages and "
                 "settings are whole",
@@ -303,6 +305,7 @@ def _write(path: Path, header: dict[str, Any], session: Session | None) -> None:
 
 def _encode(header: Mapping[str, Any]) -> bytes:
     try:
+        check_depth(header)
         text = json.dumps(header, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as error:  # ValueError: also text that is no Unicode
         raise InvalidArgument(f"the conversation has no place in a file: {error}", code="bad_message") from None
@@ -384,6 +387,7 @@ def chat_header(chat: Chat) -> dict[str, Any]:
     """What of a conversation goes into the header, as JSON."""
     from pyengine import __version__
 
+    check_messages(chat.messages)
     return {
         "written_by": f"pyengine {__version__}",
         "model": dataclasses.asdict(ModelIdentity.of(chat.model)),

@@ -43,7 +43,8 @@ class Stats:
         decode_steps: evaluations after the prompt (the first token needs none).
         drafted_tokens: guessed by speculation; ``accepted_tokens`` of them were right, and needed no evaluation of
             their own.
-        prefill_seconds, decode_seconds: time in the model and the sampler, without the consumer's.
+        prefill_seconds, decode_seconds: time in the model and the sampler, without the consumer's. What is read again
+            after turns were dropped in the middle of an answer counts as decoding.
         seed: draws this text again.
         context_used, context_size: positions filled at the end, and available.
         thought_looped: the reasoning was closed because it repeated itself (``loop_limit``).

@@ -178,7 +178,7 @@ class _Run:
         self.lookahead = Lookahead(session, drafter())
         self.tokenizer = tokenizer
         self.sampler = sampler
-        self.n_prompt = len(prompt)
+        self.n_given = self.n_prompt = len(prompt)  # at first, and after turns were dropped
         self.history = array("q", prompt)  # prompt and generated ids
         self.max_tokens = max_tokens
         self.think_budget = think_budget
@@ -288,7 +288,7 @@ class _Run:
 
     def _stats(self) -> Stats:
         return Stats(
-            prompt_tokens=self.n_prompt,
+            prompt_tokens=self.n_given,
             reused_tokens=self.n_reused,
             generated_tokens=len(self.history) - self.n_prompt,
             reasoning_tokens=self.n_reasoning,

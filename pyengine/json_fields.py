@@ -40,11 +40,17 @@ def parse(text: bytes) -> Any:
         raise ValueError(f"byte {error.start + 1} is no UTF-8") from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """``ValueError`` when :func:`parse` would refuse it for its depth."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         level = [inner for outer in level for inner in _inside(outer)]
         if not level:
-            return value
+            return
     raise ValueError(_TOO_DEEP)
 
 

@@ -409,7 +409,8 @@ class Session {
   // What a state is checked for must not change while it is used: the caller's buffer is read under the GIL.
   void restore(const py::buffer& state) {
     const py::buffer_info info = state.request();
-    if (info.ndim != 1 || info.itemsize != 1) throw py::value_error("expected bytes");
+    if (info.ndim != 1 || info.itemsize != 1 || (info.size && info.strides[0] != 1))
+      raise_argument("bad_buffer", "a state is bytes, one behind the other");
     check(pe_session_restore(handle()->raw, info.ptr, static_cast<size_t>(info.size)));
   }
   void cancel() {

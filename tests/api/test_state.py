@@ -74,6 +74,10 @@ def test_accidents_are_refused_and_change_nothing(demo: Model) -> None:
             flipped = bytearray(second)
             flipped[rng.randrange(len(second)) if rng.random() < 0.5 else rng.randrange(136)] ^= 1 << rng.randrange(8)
             bad.append(bytes(flipped))
+        scattered = np.frombuffer(second, dtype=np.uint8).repeat(2)[::2]
+        for buffer in (scattered, scattered[::-1], np.zeros((2, 100), np.uint8), np.zeros(100, np.float32)):
+            with pytest.raises(InvalidArgument, match="one behind the other"):
+                target.restore(buffer)  # type: ignore[arg-type]
         for state in bad:
             with pytest.raises(FormatError) as caught:
                 target.restore(state)

@@ -151,9 +151,19 @@ def test_a_failed_write_leaves_the_old_file(model: Model, tmp_path: Path, monkey
             patched.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
             with pytest.raises(FileError, match=r"has 0\.00 GB free"):
                 save_chat(path, chat)
-        chat.messages.append({"role": "user", "content": b"no text"})  # type: ignore[dict-item]
-        with pytest.raises(InvalidArgument, match="no place in a file"):
-            save_chat(path, chat)
+        deep: Any = "x"
+        for _ in range(100):
+            deep = [deep]
+        for message, words in (
+            ({"role": "user", "content": b"x"}, "content of type bytes"),
+            ({"role": "user", "content": "x", "extra": {1, 2}}, "no place in a file"),
+            ({"role": "user", "content": "x", "extra": deep}, "nested more than 64 deep"),
+            ({"role": "user", "content": "\ud800"}, "valid Unicode"),
+        ):  # what could not be read again is not written
+            chat.messages.append(message)  # type: ignore[arg-type]
+            with pytest.raises(InvalidArgument, match=words):
+                save_chat(path, chat)
+            chat.messages.pop()
     assert path.read_bytes() == before
 
 

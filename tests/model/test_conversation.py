@@ -144,6 +144,9 @@ def test_shift_drops_the_oldest_turns_says_so_and_keeps_the_system_prompt(model:
             events, stats = talk(chat, QUESTIONS[turn % 4])
             assert events[-1].reason == "eog", turn  # type: ignore[union-attr]
             assert stats.context_used <= 160
+            assert 0 <= stats.reused_tokens < stats.prompt_tokens
+            assert stats.prefill_rate > 0
+            assert stats.generated_tokens == len(ids(events))
             for event in events:
                 if isinstance(event, Shifted):
                     shifts += 1
