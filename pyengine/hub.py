@@ -4,7 +4,7 @@
 the hub; anything else is the only thing in this package that touches the network. Listing, addresses, credentials and
 errors are ``huggingface_hub``'s, and so is the layout of the cache, so other programs find what was downloaded. The
 bytes are received here: the library drops an unfinished download when its process ends and compares no hash.
-docs/names.md is the manual.
+docs/names.md is the manual. The file is long because choosing, fetching and removing share what a cached model is.
 """
 
 from __future__ import annotations
@@ -589,6 +589,8 @@ def _digest(file: BinaryIO, part: RemoteFile, report: Callable[[int], object]) -
 def _link(blob: Path, pointer: Path) -> None:
     """The blob under its name, as the cache has it: a relative link; the file itself where links are not allowed."""
     pointer.parent.mkdir(parents=True, exist_ok=True)
+    if not pointer.exists():
+        pointer.unlink(missing_ok=True)  # a link to a blob that is gone
     with contextlib.suppress(FileExistsError):
         try:
             pointer.symlink_to(os.path.relpath(blob, pointer.parent))
@@ -708,7 +710,7 @@ class Cached:
     """A model in the cache.
 
     Attributes:
-        name: by which it can be asked for again.
+        name: by which it can be asked for again; repo: ``org/repo``.
         revision: commit; ``refs``: the names that stand for it.
         path: of the first part.
         used: seconds since the epoch of the last read, as far as the file system notes it.
@@ -716,6 +718,7 @@ class Cached:
     """
 
     name: str
+    repo: str
     revision: str
     refs: tuple[str, ...]
     path: Path
@@ -765,7 +768,7 @@ def _cached_in(folder: Path, repo: str) -> Iterator[Cached]:
             what = choice.path if several or not choice.quantisation else choice.quantisation
             path = snapshot / choice.path
             used = max((snapshot / part.path).stat().st_atime for part in choice.parts)
-            yield Cached(str(Name(repo, revision, what)), snapshot.name, names, path, used, choice)
+            yield Cached(str(Name(repo, revision, what)), repo, snapshot.name, names, path, used, choice)
 
 
 def find_cached(name: str) -> list[Cached]:
@@ -775,7 +778,7 @@ def find_cached(name: str) -> list[Cached]:
     here = [
         model
         for model in cached()[0]
-        if parse(model.name).repo.casefold() == wanted.repo.casefold()
+        if model.repo.casefold() == wanted.repo.casefold()
         and (revision is None or revision in model.refs or revision == model.revision)
     ]
     if wanted.what is None:

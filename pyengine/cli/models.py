@@ -96,7 +96,7 @@ class _Meter:
         self._status.show(text)
 
 
-def _short(text: str, most: int = 40) -> str:
+def _short(text: str, most: int = 24) -> str:
     """The end of a long name says more than its beginning."""
     verb, _, name = printable(text).rpartition(" ")
     return f"{verb} {name}" if len(name) <= most else f"{verb} ...{name[-most:]}"

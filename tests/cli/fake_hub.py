@@ -33,6 +33,8 @@ class Repository:
     commit: str = COMMIT
     gated: int = 0  # the status that content is refused with, 401 or 403, unless the token is right
     announced: dict[str, dict[str, Any]] = field(default_factory=dict)  # path -> changes to its entry of the listing
+    damage: int | None = None  # offset of a byte that is sent wrongly
+    listing: tuple[int, bytes] | None = None  # status and body that are answered instead of a listing
     small: tuple[str, ...] = ("config.json", "README.md")  # not LFS: hashed as git does
 
     def entry(self, path: str) -> dict[str, Any]:
@@ -53,8 +55,8 @@ class FakeHub:
         sent: bytes of content that went out.
         cuts: each content request takes the first and closes the connection after so many bytes.
         stall_after: bytes of content after which sending waits until :attr:`go` is set.
-        damage: offset of a byte that is sent wrongly.
-        knows_ranges, status, body: of content requests; ``listing_body``, ``listing_status`` of listings.
+        knows_ranges: whether content can be asked for in parts.
+        statuses: content requests are refused with the first of them, as long as there is one.
     """
 
     def __init__(self) -> None:
@@ -65,11 +67,8 @@ class FakeHub:
         self.stall_after: int | None = None
         self.stalled = threading.Event()
         self.go = threading.Event()
-        self.damage: int | None = None
         self.knows_ranges = True
         self.statuses: list[int] = []
-        self.listing_body: bytes | None = None
-        self.listing_status = 200
         self.lock = threading.Lock()
         hub = self
 
@@ -93,7 +92,8 @@ class FakeHub:
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         """Of a process that takes this for the hub and keeps its cache in ``home``."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-        kept |= {"HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+        kept |= {"HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "HF_HOME": str(home)}
+        kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         return kept | more
 
     def contents(self) -> list[tuple[str, dict[str, str]]]:
@@ -142,9 +142,10 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _list(self, name: str, revision: str | None) -> None:
-        if self.fake.listing_body is not None:
-            self._send(self.fake.listing_status, self.fake.listing_body)
-        elif (repository := self._known(name, revision)) is not None:
+        repository = self._known(name, revision)
+        if repository is not None and repository.listing is not None:
+            self._send(*repository.listing)
+        elif repository is not None:
             siblings = [repository.entry(path) for path in repository.files]
             listing = {"id": name, "sha": repository.commit, "private": False, "siblings": siblings, "tags": []}
             self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
@@ -168,8 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, repository: Repository, path: str, body: bool) -> None:
         fake, data = self.fake, bytearray(repository.files[path])
-        if fake.damage is not None:
-            data[fake.damage] ^= 1
+        if repository.damage is not None:
+            data[repository.damage] ^= 1
         start, end, status = 0, len(data), 200
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         headers = {"ETag": '"of-another-host"'}

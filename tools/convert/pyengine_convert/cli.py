@@ -85,12 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="pyengine-convert inspect FILE.gguf prints what a file holds.",
     )
     add = parser.add_argument
-    add(
-        "source",
-        type=Path,
-        metavar="SRC",
-        help="folder with config.json, safetensors and a tokenizer; or a GGUF file, also by name: hf:org/repo:F16",
-    )
+    add("source", type=Path, metavar="SRC",
+        help="folder with config.json, safetensors and a tokenizer; or a GGUF file, or hf:org/repo:F16")  # fmt: skip
     add("-o", "--out", type=Path, required=True, metavar="OUT.gguf", help="the file to write")
     add("--type", default="q8_0", metavar="TYPE", help="f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q5_1 q5_0 q4_k_m q4_k_s "
         "q4_1 q4_0 iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k (default: q8_0)")  # fmt: skip
