@@ -595,8 +595,8 @@ def test_rm_asks_on_a_terminal(run: Runner) -> None:
     command = [sys.executable, "-m", "pyengine.cli.run", "rm", NAME]
     for answer, left in (("n", True), ("", True), ("y", False)):
         with Terminal(command, run.env) as terminal:
-            terminal.wait_for("Remove? [y/N] ")
+            terminal.wait_for("Remove? [y/N] ", 120)
             terminal.type(answer + "\n")
-            assert terminal.exit_code() == 0
+            assert terminal.exit_code(120) == 0
         assert bool(run.files()) is left
     assert "removed; 2.83 MB are free again" in terminal.seen
