@@ -413,7 +413,8 @@ def test_ctrl_c_while_a_long_prompt_is_read_leaves_a_usable_chat(start: Start) -
 def test_ctrl_c_at_any_moment_stops_the_answer_and_nothing_else(start: Start) -> None:
     """A quick share of tests/cli/interrupts.py, which measures how long it takes on a large model."""
     dice = random.Random(11)
-    chat = start("-c", "16384", "--logit-bias", "42+1000")  # it would go on for long
+    endless = ["--logit-bias", "42+1000", "--loop-limit", "0", "--speculate", "off"]  # 10,000 tokens, one by one
+    chat = start("-c", "16384", *endless)
     for trial in range(16):
         chat.paste("".join(f"{trial} line {i}\n" for i in range(1500 if trial % 2 else 11)))
         chat.wait_for("lines]")
