@@ -476,12 +476,12 @@ def _receive_part(name: Name, commit: str, part: RemoteFile, blob: Path, report:
     from huggingface_hub.utils import WeakFileLock
 
     lock = blob.parent.parent.parent / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"
-    for parent in (lock.parent, blob.parent):
-        parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):  # of the library, so that its downloads of the same file wait, too
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _unfinished(blob)
+    with WeakFileLock(lock), _tidied(unfinished):  # of the library, so that its downloads of the same file wait, too
         if blob.exists():
             return
-        unfinished = _unfinished(blob)
+        blob.parent.mkdir(parents=True, exist_ok=True)
         unfinished.touch()
         with open(unfinished, "r+b") as file:
             url = hf_hub_url(name.repo, part.path, revision=commit)
@@ -498,6 +498,19 @@ def _receive_part(name: Name, commit: str, part: RemoteFile, blob: Path, report:
                 code="damaged_download",
             )
         os.replace(unfinished, blob)
+
+
+@contextlib.contextmanager
+def _tidied(unfinished: Path) -> Iterator[None]:
+    """Leaves nothing of a download of which nothing came."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if unfinished.exists() and unfinished.stat().st_size == 0:
+                unfinished.unlink()
+            unfinished.parent.rmdir()  # succeeds for empty folders only
+            unfinished.parent.parent.rmdir()
 
 
 def _receive(url: str, file: BinaryIO, part: RemoteFile, report: Callable[[int], object]) -> None:

@@ -379,6 +379,7 @@ def test_a_gated_repository_needs_the_token_which_goes_nowhere_else(hub: FakeHub
     hub.repositories[REPO].gated = status
     check_failure(run("run", NAME, *ASK), 1, f"{REPO} is gated: accept its terms at http://127.0.0.1", "hf auth login")
     check_failure(run("run", NAME, *ASK, HF_TOKEN="hf_wrong"), 1, "gated")
+    assert run.files() == []
     run.fetch(HF_TOKEN=TOKEN)
     assert any(headers.get("authorization") == f"Bearer {TOKEN}" for _, headers in hub.contents())
     told = [headers.get("authorization") for _, path, headers in hub.requests if path.startswith("/cdn/")]
