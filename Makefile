@@ -6,11 +6,11 @@ PROMPT ?= Tom has 48 apples and buys 27 more. How many apples does he have now?
 
 BIN     = $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
-CHECKS := $(wildcard tests/*/*_check.cc) benchmarks/limits.cc
+CHECKS := $(wildcard tests/*/*_check.cc tests/hostile/*.h) benchmarks/limits.cc
 comma = ,
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: run test test-peers determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast test-offline hostile-text tokenizers convert-faults valgrind faults concurrency wheel wheel-check clean
+.PHONY: run test test-peers hostile fuzz coverage determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast test-offline hostile-text tokenizers convert-faults valgrind faults concurrency wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
 	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
@@ -105,6 +105,55 @@ concurrency: $(VENV)/.test  ## 10,000 generations under ThreadSanitizer, 10,000 
 	$(call sanitized,tsan,thread,concurrency_check)
 	build/checks/concurrency_check $(DEMO) generations=10000 cancels=10000 destroys=2000 cycles=10000 forks=1000 changes=400
 	build/tsan/checks/concurrency_check $(DEMO) generations=10000 cancels=1000 destroys=200 cycles=200 changes=60
+
+SANITIZERS = ASAN_OPTIONS=allocator_may_return_null=1:detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1
+hostile: $(VENV)/.test  ## 4 million malformed models under AddressSanitizer + UndefinedBehaviorSanitizer (CASES=n of each class)
+	$(BIN)/cmake -S . -B build/asan -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/asan --target hostile_check
+	$(SANITIZERS) build/asan/checks/hostile_check incidents
+	$(SANITIZERS) build/asan/checks/hostile_check cut 1
+	$(SANITIZERS) build/asan/checks/hostile_check integers 1
+	$(SANITIZERS) build/asan/checks/hostile_check classes $(or $(CASES),10000)
+	$(SANITIZERS) build/asan/checks/hostile_check bytes 1
+	$(BIN)/python -m tests.hostile.text_half $(or $(CASES),10000)
+
+NATIVE_TARGETS = reader capi state
+PYTHON_TARGETS = tokenizer template safetensors chat
+SECONDS = 60
+fuzz: $(VENV)/.test  ## coverage-guided fuzzing with clang and atheris: SECONDS=n for each TARGET="reader capi state tokenizer ..."
+	@for tool in clang clang++; do command -v $$tool > /dev/null || { \
+	  echo "$$tool is missing: on Debian, apt-get install clang llvm"; exit 1; }; done
+	$(BIN)/cmake -S . -B build/fuzz -DPE_BUILD_PYTHON=OFF -DPE_FUZZ=ON -DPE_SANITIZE=address,undefined \
+	  -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
+	$(BIN)/cmake --build build/fuzz
+	$(BIN)/python -m pip install -q "atheris>=3"
+	mkdir -p $(addprefix build/fuzz/corpus/,$(NATIVE_TARGETS) $(PYTHON_TARGETS)) build/fuzz/found
+	build/checks/hostile_check write build/fuzz/corpus/reader
+	set -e; for target in $(or $(TARGET),$(NATIVE_TARGETS) $(PYTHON_TARGETS)); do \
+	  echo "== $$target"; $(BIN)/python -m zipfile -e tests/fuzz/corpus/$$target.zip build/fuzz/corpus/$$target; case " $(NATIVE_TARGETS) " in \
+	    *" $$target "*) program=build/fuzz/$${target}_fuzz;; \
+	    *) program="$(BIN)/python -m tests.fuzz.python_targets $$target";; esac; \
+	  $(SANITIZERS) $$program -max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
+	    -verbosity=0 -artifact_prefix=build/fuzz/found/$$target- build/fuzz/corpus/$$target; done
+
+coverage: $(VENV)/.test  ## branch coverage of the reader by the hostile files and the fuzzers' corpus
+	@for tool in clang llvm-cov llvm-profdata; do command -v $$tool > /dev/null || { \
+	  echo "$$tool is missing: on Debian, apt-get install clang llvm"; exit 1; }; done
+	$(BIN)/cmake -S . -B build/coverage -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_COVERAGE=ON \
+	  -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
+	$(BIN)/cmake --build build/coverage --target hostile_check --target gguf_check --target reader_fuzz
+	rm -f build/coverage/*.profraw
+	mkdir -p build/fuzz/corpus/reader
+	$(BIN)/python -m zipfile -e tests/fuzz/corpus/reader.zip build/fuzz/corpus/reader
+	set -e; export LLVM_PROFILE_FILE=$(CURDIR)/build/coverage/%4m-%p.profraw; \
+	  for suite in incidents "classes 100" "cut 97" "integers 5" "bytes 101"; do \
+	    build/coverage/checks/hostile_check $$suite | tail -1; done; \
+	  PYENGINE_CHECKS_DIR=build/coverage/checks $(BIN)/python -m pytest -q tests/gguf -k "damage or cut or copying or typed or heap"; \
+	  build/coverage/reader_fuzz -runs=0 build/fuzz/corpus/reader
+	llvm-profdata merge -sparse build/coverage/*.profraw -o build/coverage/all.profdata
+	llvm-cov report build/coverage/checks/hostile_check -object build/coverage/checks/gguf_check \
+	  -object build/coverage/reader_fuzz -instr-profile=build/coverage/all.profdata -show-branch-summary \
+	  -show-region-summary=false -show-functions=false csrc/gguf
 
 limits: $(VENV)/.test  ## what this machine can do at most: memory, arithmetic, barriers
 	build/checks/limits

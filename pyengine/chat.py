@@ -259,7 +259,7 @@ def _form(arguments: Any, as_text: bool) -> Any:
     if isinstance(arguments, str):
         try:
             return json.loads(arguments)
-        except ValueError:  # what the model wrote is not always JSON
+        except (ValueError, RecursionError):  # what the model wrote is not always JSON
             return arguments
     return arguments
 

@@ -235,7 +235,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} is not UTF-8 text (byte {error.start})", code="bad_utf8") from None
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
         raise FormatError(f"{path} is not valid JSON: {error}", code="bad_json") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a JSON {type(value).__name__}; expected an object", code="bad_json")

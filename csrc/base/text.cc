@@ -85,7 +85,7 @@ std::string printable(std::string_view text, size_t max_bytes) {
     out += piece;
     p += length == 0 ? 1 : length;
   }
-  return out;
+  return out.empty() && !text.empty() ? "\xEF\xBF\xBD" : out;
 }
 
 std::string human_bytes(uint64_t bytes) {

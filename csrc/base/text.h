@@ -13,7 +13,7 @@ namespace pe {
 
 // Safe to print: control characters (C0, DEL, C1), line separators, bidirectional and invisible format characters are
 // dropped, tabs and line breaks become a space, each ill-formed byte becomes U+FFFD. Past max_bytes the rest is cut at
-// a character and "..." added.
+// a character and "..." added. A text of which nothing would be left becomes one U+FFFD.
 [[nodiscard]] std::string printable(std::string_view text, size_t max_bytes = 200);
 
 // "17 bytes", "1.2 GB" (powers of ten, as download pages count).

@@ -53,7 +53,7 @@ std::string_view Cursor::string(uint64_t max_bytes, const char* too_long) {
 }
 
 void Cursor::fail_at(uint64_t offset, const char* code, const std::string& message) const {
-  const std::string where = field_.empty() ? "" : " (while reading '" + printable(field_, 80) + "')";
+  const std::string where = !named_ ? "" : " (while reading '" + printable(field_, 80) + "')";
   throw Error(Status::kFormat, code, message + where, printable(field_, 80), offset);
 }
 

@@ -28,8 +28,9 @@ class Cursor {
   uint64_t pos() const { return pos_; }
   uint64_t remaining() const { return file_.size() - pos_; }
 
-  // What is being read, for error messages.
-  void set_field(std::string_view field) { field_ = field; }
+  // What is being read, for errors. A key or a tensor is named in the message too; of the fixed parts the message speaks.
+  void set_field(std::string_view name) { set(name, true); }
+  void set_part(std::string_view name) { set(name, false); }
 
   // The next n bytes, valid until the next call of take.
   const uint8_t* take(uint64_t n);
@@ -52,6 +53,10 @@ class Cursor {
   Bytes finish();
 
  private:
+  void set(std::string_view field, bool named) {
+    field_ = field;
+    named_ = named;
+  }
   void load(uint64_t end);
 
   const MappedFile& file_;
@@ -60,6 +65,7 @@ class Cursor {
   uint64_t loaded_ = 0;
   Bytes bytes_;
   std::string field_;
+  bool named_ = false;
 };
 
 }  // namespace pe::gguf

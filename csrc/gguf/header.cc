@@ -19,6 +19,7 @@ constexpr uint64_t kMinKeyBytes = 14;     // length 8, one letter, type 4, value
 constexpr uint64_t kMinTensorBytes = 33;  // length 8, one letter, dimensions 4 + 8, type 4, offset 8
 
 void check_magic(const MappedFile& file, Cursor& cursor) {
+  cursor.set_part("magic");
   uint8_t head[512];
   const size_t n = static_cast<size_t>(std::min<uint64_t>(file.size(), sizeof head));
   file.read_at(0, head, n);
@@ -31,6 +32,7 @@ void check_magic(const MappedFile& file, Cursor& cursor) {
 }
 
 uint32_t read_version(Cursor& cursor) {
+  cursor.set_part("version");
   const uint64_t start = cursor.pos();
   const auto version = cursor.read<uint32_t>();
   if (version == 2 || version == 3) return version;
@@ -48,6 +50,7 @@ uint32_t read_version(Cursor& cursor) {
 
 // A count is believed only as far as the file is long enough to hold that many entries.
 uint64_t read_count(Cursor& cursor, uint64_t limit, uint64_t min_entry_bytes, const char* code, const char* what) {
+  cursor.set_part(what);
   const uint64_t start = cursor.pos();
   const auto count = cursor.read<uint64_t>();
   if (count > limit) {
@@ -125,7 +128,7 @@ void read_array(Cursor& cursor, Value* value) {
 }
 
 Value read_value(Cursor& cursor) {
-  cursor.set_field({});
+  cursor.set_part("key");
   Value value{};
   value.key = read_name(cursor, kMaxKeyBytes, "key_too_long", "bad_key");
   cursor.set_field(value.key);
@@ -144,7 +147,7 @@ Value read_value(Cursor& cursor) {
   return value;
 }
 
-void index_values(const Cursor& cursor, Header* header) {
+void index_values(Header* header) {
   const std::vector<Value>& values = header->values;
   header->by_key.resize(values.size());
   std::iota(header->by_key.begin(), header->by_key.end(), 0u);
@@ -155,7 +158,7 @@ void index_values(const Cursor& cursor, Header* header) {
   for (size_t i = 1; i < values.size(); ++i) {
     const Value& second = values[header->by_key[i]];
     if (values[header->by_key[i - 1]].key == second.key) {
-      cursor.fail_at(second.offset, "duplicate_key", "the key '" + printable(second.key, 80) + "' occurs twice");
+      fail_value(second, "duplicate_key", "the key '" + printable(second.key, 80) + "' occurs twice");
     }
   }
 }
@@ -231,7 +234,7 @@ uint64_t tensor_bytes(const Cursor& cursor, const TensorInfo& tensor, const Tens
 
 // `offset` is still relative to the start of the data.
 TensorInfo read_tensor(Cursor& cursor, uint32_t part) {
-  cursor.set_field({});
+  cursor.set_part("tensor");
   TensorInfo tensor{};
   tensor.entry = cursor.pos();
   tensor.part = part;
@@ -306,7 +309,7 @@ Header read_header(const MappedFile& file, uint32_t part) {
   const uint64_t n_tensors = read_count(cursor, kMaxTensors, kMinTensorBytes, "too_many_tensors", "tensors");
   const uint64_t n_keys = read_count(cursor, kMaxKeys, kMinKeyBytes, "too_many_keys", "keys");
   for (uint64_t i = 0; i < n_keys; ++i) header.values.push_back(read_value(cursor));
-  index_values(cursor, &header);
+  index_values(&header);
   header.alignment = read_alignment(cursor, header);
   for (uint64_t i = 0; i < n_tensors; ++i) header.tensors.push_back(read_tensor(cursor, part));
   place_tensors(cursor, file.size(), &header);

@@ -53,8 +53,9 @@ uint32_t part_count(const Header& header) {
   return static_cast<uint32_t>(split_key(header, "split.count", kMaxParts).value_or(1));
 }
 
-[[noreturn]] void fail_split(const char* code, const std::string& message, const char* field = "split.count") {
-  throw Error(Status::kFormat, code, message, field);
+[[noreturn]] void fail_split(const Header& header, const char* key, const char* code, const std::string& message) {
+  const Value* value = header.find(key);
+  throw Error(Status::kFormat, code, message, key, value ? value->offset : kNoOffset);
 }
 
 // The opened file says it is one of several: it must be the first, and its name must tell where the others are.
@@ -64,12 +65,13 @@ PartName check_first_part(const std::string& path, const Header& header, uint32_
   const std::string shown = "this is part " + std::to_string(number.value_or(0) + 1) + " of " + std::to_string(count);
   if (number.value_or(0) != 0) {
     const std::string first = name ? "'" + printable(part_path(name->prefix, 1, count)) + "'" : "the first part";
-    fail_split("split_not_first", shown + " of a split model: open " + first + " instead", "split.no");
+    fail_split(header, "split.no", "split_not_first", shown + " of a split model: open " + first + " instead");
   }
   if (!name || name->number != 1 || name->count != count) {
-    fail_split("split_bad_name", shown + " of a split model, but its file is not named '...-00001-of-" +
-                                     part_path("", 1, count).substr(10, 5) +
-                                     ".gguf', so the other parts cannot be found: give the files their original names");
+    fail_split(header, "split.count", "split_bad_name",
+               shown + " of a split model, but its file is not named '...-00001-of-" +
+                   part_path("", 1, count).substr(10, 5) +
+                   ".gguf', so the other parts cannot be found: give the files their original names");
   }
   return *name;
 }
@@ -79,9 +81,9 @@ void check_other_part(const Header& header, uint32_t index, uint32_t count) {
   const auto total = split_key(header, "split.count", kMaxParts);
   if (number != index || total != count) {
     const auto text = [](std::optional<uint64_t> n, uint64_t plus) { return n ? std::to_string(*n + plus) : "?"; };
-    fail_split("split_mismatch",
-               "it says it is part " + text(number, 1) + " of " + text(total, 0) + ": the files do not belong together",
-               "split.no");
+    fail_split(
+        header, "split.no", "split_mismatch",
+        "it says it is part " + text(number, 1) + " of " + text(total, 0) + ": the files do not belong together");
   }
 }
 
@@ -139,7 +141,8 @@ std::shared_ptr<const File> File::from_memory(std::span<const std::byte> bytes, 
   MappedFile file = MappedFile::borrow(bytes);
   Header header = read_header(file, 0);
   const uint32_t count = part_count(header);
-  if (count > 1) fail_split("split_in_memory", "a part of a split model cannot be opened from memory");
+  if (count > 1)
+    fail_split(header, "split.count", "split_in_memory", "a part of a split model cannot be opened from memory");
   out->add_part(std::move(file), &header, load, {});
   out->header_ = std::move(header);
   out->index_tensors();
@@ -161,10 +164,9 @@ void File::add_part(MappedFile file, Header* header, Load load, const Progress& 
 void File::check_tensor_total(uint32_t count) const {
   const auto declared = split_key(header_, "split.tensors.count", std::numeric_limits<uint64_t>::max());
   if (count > 1 && declared && *declared != tensors_.size()) {
-    fail_split("split_tensor_count",
+    fail_split(header_, "split.tensors.count", "split_tensor_count",
                "the parts hold " + std::to_string(tensors_.size()) + " tensors together, but the first says " +
-                   std::to_string(*declared) + ": the files do not belong together",
-               "split.tensors.count");
+                   std::to_string(*declared) + ": the files do not belong together");
   }
 }
 

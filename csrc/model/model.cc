@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "base/error.h"
 #include "base/fp_env.h"
@@ -24,23 +25,30 @@ const KernelTable& active_kernels(Tier* tier) {
       "PYENGINE_ISA");
 }
 
-std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOptions& options) {
+std::shared_ptr<const Model> Model::of(std::shared_ptr<const gguf::File> file, float rope_attn_scale) {
   const FpEnv fp_env;  // rope frequencies are computed here
   const std::shared_ptr<Model> m(new Model);
   Tier tier;
   m->kernels_ = &active_kernels(&tier);
-  const auto report = [&options](float fraction) {
-    if (options.progress && options.progress(fraction))
-      throw Error(Status::kCancelled, "cancelled", "opening the model was cancelled");
-  };
-  report(0.0f);
-  m->file_ = gguf::File::open(path, options.load, options.progress);
-  m->config_ = read_config(*m->file_, options.rope_attn_scale);
+  m->file_ = std::move(file);
+  m->config_ = read_config(*m->file_, rope_attn_scale);
   m->weights_ = bind_weights(*m->file_, m->config_);
   for (const gguf::TensorInfo& t : m->file_->tensors()) {
     m->n_params_ += t.dims[0] * t.dims[1] * t.dims[2] * t.dims[3];  // the reader has checked the product
     m->weight_bytes_ += t.size;
   }
+  return m;
+}
+
+std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOptions& options) {
+  const auto report = [&options](float fraction) {
+    if (options.progress && options.progress(fraction))
+      throw Error(Status::kCancelled, "cancelled", "opening the model was cancelled");
+  };
+  Tier tier;
+  active_kernels(&tier);  // fails before anything is read
+  report(0.0f);
+  auto m = of(gguf::File::open(path, options.load, options.progress), options.rope_attn_scale);
   report(1.0f);
   return m;
 }

@@ -25,6 +25,8 @@ class Model {
  public:
   // Throws Error: kIo, kFormat, kUnsupported, kMemory, kCancelled, kCpu.
   static std::shared_ptr<const Model> open(const std::string& path, const ModelOptions& options);
+  // Of a file that is open already, with its tensors' data. Throws Error: kFormat, kUnsupported, kMemory, kCpu.
+  static std::shared_ptr<const Model> of(std::shared_ptr<const gguf::File> file, float rope_attn_scale = 0);
 
   const std::shared_ptr<const gguf::File>& file() const { return file_; }
   const ModelConfig& config() const { return config_; }

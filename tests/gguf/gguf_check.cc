@@ -18,7 +18,8 @@
 #include <string>
 #include <vector>
 
-#include "gguf/fuzz_entry.cc"
+#include "../hostile/boundary.h"
+#include "../hostile/judge.h"
 
 #ifdef __linux__
 #include <sys/resource.h>
@@ -26,6 +27,7 @@
 
 namespace {
 
+using hostile::require;
 using pe::gguf::ElementKind;
 using pe::gguf::File;
 
@@ -57,7 +59,17 @@ struct Counts {
   uint64_t refused = 0;
 };
 
-void count(Counts* counts, std::span<const std::byte> bytes) { ++(probe(bytes) ? counts->opened : counts->refused); }
+// The reader alone: these files are no models.
+void count(Counts* counts, std::span<const std::byte> bytes) {
+  try {
+    hostile::sink = hostile::touch(*File::from_memory(bytes));
+    ++counts->opened;
+  } catch (const pe::Error& error) {
+    require(error.status == pe::Status::kFormat || error.status == pe::Status::kUnsupported, "the file is blamed");
+    hostile::check_error(error, bytes.size());
+    ++counts->refused;
+  }
+}
 
 void cut(const std::string& path, size_t step, Counts* counts) {
   const Bytes bytes = slurp(path);
@@ -81,19 +93,8 @@ void substitute(Bytes& bytes, size_t at, bool all, Counts* counts) {
   bytes[at] = static_cast<std::byte>(original);
 }
 
-// 48 integers on both sides of every limit that arithmetic or the reader knows.
-std::vector<uint64_t> boundary_integers() {
-  std::vector<uint64_t> out = {0, 1, 2, 3, 12, 13, 24, 33};
-  for (const int bit : {7, 8, 15, 16, 22, 24, 28, 31, 32, 40, 62, 63}) {
-    const uint64_t power = uint64_t{1} << bit;
-    out.insert(out.end(), {power - 1, power, power + 1});
-  }
-  out.insert(out.end(), {UINT64_MAX, UINT64_MAX - 1, UINT64_MAX - 7, UINT64_MAX - 31});
-  return out;
-}
-
 void overwrite(Bytes& bytes, size_t at, size_t header, Counts* counts) {
-  static const std::vector<uint64_t> kIntegers = boundary_integers();
+  static const std::vector<uint64_t> kIntegers = hostile::boundary_integers();
   for (const size_t width : {size_t{8}, size_t{4}}) {
     if (at + width > header) continue;
     std::byte saved[8];
@@ -132,7 +133,7 @@ void open_bounded(const std::string& path, Counts* counts) {
   const uint64_t size = static_cast<uint64_t>(std::ifstream(path, std::ios::binary | std::ios::ate).tellg());
   limit_memory(6 * size + (uint64_t{32} << 20));
   try {
-    sink = touch(*File::open(path, pe::gguf::Load::kMap));
+    hostile::sink = hostile::touch(*File::open(path, pe::gguf::Load::kMap));
     ++counts->opened;
   } catch (const pe::Error& error) {
     require(error.status != pe::Status::kMemory, "the heap stays below 6 x metadata + 32 MiB");

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pyengine import chat
 from pyengine.chat import BUILTIN_TEMPLATES, ChatTemplate, PromptIds, build_prompt
 from pyengine.errors import InvalidArgument, UnsupportedError
 from pyengine.tokenizer import Tokenizer
@@ -315,3 +316,9 @@ def test_user_defined_markers_are_guarded_too() -> None:
     prompt = build_prompt(template, tokenizer, [{"role": "user", "content": "<think>"}])
     assert prompt.ids.count(tokenizer.special_strings["<think>"]) == 1
     assert prompt.starts_in_reasoning
+
+
+def test_arguments_that_a_model_nested_too_deeply_stay_text() -> None:
+    """What a model wrote is fed back to the template: no depth of brackets may end the conversation."""
+    hostile = "[" * 100_000
+    assert chat._form(hostile, as_text=False) == hostile

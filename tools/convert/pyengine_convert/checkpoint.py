@@ -8,8 +8,8 @@ is that of the rows in flight.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from pyengine import quant
 from pyengine.errors import FileError, FormatError, UnsupportedError
+from pyengine.json_fields import parse
 from pyengine_convert.source import read_json
 
 ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}  # what can be converted
@@ -120,9 +121,11 @@ def _open_sharded(folder: Path, index: Path) -> dict[str, SourceTensor]:
 
 def read_header(path: Path) -> dict[str, SourceTensor]:
     """The checked tensor table of one safetensors file. Errors: as :func:`open_checkpoint`."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise FileError(f"{path} is no regular file", code="not_regular_file")
     try:
         with open(path, "rb") as file:
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
             head = file.read(8)
             length = int.from_bytes(head, "little")
             _check_start(path, head, size, length)
@@ -130,8 +133,8 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}", code="cannot_read") from error
     try:
-        header = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits
+        header = parse(text)  # no name twice: two readers would see two files
+    except ValueError as error:
         raise FormatError(f"{path}: the header is not valid JSON ({error})", code="bad_header", offset=8) from None
     if not isinstance(header, dict):
         raise FormatError(f"{path}: the header is not a JSON object", code="bad_header", offset=8)
