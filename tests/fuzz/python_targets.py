@@ -151,7 +151,7 @@ def fuzz_safetensors(data: bytes) -> None:
     try:
         planned = convert._plan_tensors(checkpoint.open_checkpoint(ROOT), _HYPER, _CHOICE, {}, [])
         for tensor in planned:
-            tensor.read_rows(0, tensor.row_unit)
+            tensor.read(0, tensor.row_unit)
     except EngineError as error:
         check(error)
 
