@@ -261,7 +261,7 @@ def test_damaged_weights_are_an_error_never_a_sample(tmp_path: Path) -> None:
 
 
 def test_options_out_of_range_are_named(demo: Model) -> None:
-    with pytest.raises(InvalidArgument, match=r"n_threads is 100000; expected 1\.\.512"):
+    with pytest.raises(InvalidArgument, match=r"threads is 100000; expected 0\.\.512"):
         demo.session(threads=100000)
     with pytest.raises(InvalidArgument, match="n_ctx"):
         demo.session(n_ctx=2**31)
