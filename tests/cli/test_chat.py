@@ -95,13 +95,14 @@ def test_reasoning_is_folded_and_the_second_turn_reads_only_what_is_new(start: S
 
 @pytest.mark.parametrize("think", ["show", "dim", "hide"])
 def test_reasoning_is_shown_followed_or_hidden(start: Start, think: str) -> None:
-    chat = start("--think", think, command=SLOW, SLOW="0.01")
+    chat = start("--think", think, command=SLOW, SLOW="0.03")
     printed = say(chat, "What is 27 + 58?")
     text = "\n".join(chat.lines())
     assert "27 + 58 = 85" in text
     assert ("Ones: 7 + 8 = 15, write 5, carry 1." in text) == (think == "show")
     assert bool(FOLDED.search(text)) == (think != "hide")
-    assert ("need to add" in printed) == (think == "dim")  # the line that follows the thought shows it in passing
+    # the line that follows the thought shows some of it in passing, as often as the machine has time to draw it
+    assert any(word in printed for word in ("need to", "Ones", "Tens", "carry", "write")) == (think != "hide")
     assert "\x1b[2m" in printed
     assert "thinking" not in text
     leave(chat)
