@@ -343,8 +343,8 @@ def _about_cpus(d: Diagnosis) -> list[str]:
         )
     if _busy(d):
         said.append(
-            f"Other programs kept {d.load:.1f} CPUs busy in the last minute: speeds here are lower than they could be, "
-            "and change from moment to moment."
+            f"On average {d.load:.1f} threads of other programs wanted to run in the last minute: speeds here are "
+            "lower than they could be, and change from moment to moment."
         )
     return said
 

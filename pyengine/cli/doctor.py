@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report(found), ensure_ascii=False))
     else:
         for line in lines(found):
-            indent = "  " if line.startswith(("- ", "  ")) else ""
+            indent = "  " if line.startswith(("- ", "  ")) else " " * 19  # below what stands in the second column
             for part in textwrap.wrap(printable(line), 100, subsequent_indent=indent) or [""]:
                 print(part)
     return EXIT_OK if found.healthy else EXIT_ERROR

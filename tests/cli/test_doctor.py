@@ -86,7 +86,7 @@ QUIET = Limits(2, 4e9, 60e9, 58e9, 61e9, 128, 32, 1e-6)
         ({"tiers": ["scalar"], "tier": "scalar"}, "no AVX2"),
         ({"cpus": Cpus(8, 8, 8, 2.5), "threads": 3}, "grants 2.5 CPUs of 8 cores"),
         ({"cpus": Cpus(16, 12, 4, 0), "threads": 4}, "4 of 12 cores are of the fast kind"),
-        ({"load": 3.0}, "Other programs kept 3.0 CPUs busy"),
+        ({"load": 3.0}, "On average 3.0 threads of other programs"),
         ({"memory_available": 1 << 30}, "Only 1.0 GiB of memory"),
         ({"limits": dataclasses.replace(QUIET, barrier_seconds=90e-6)}, "Threads need 90 us to meet"),
         ({"limits": dataclasses.replace(QUIET, read_lowest=20e9)}, "Memory gave from 20 to 61 GB/s"),
