@@ -1,5 +1,6 @@
 // The 81 classes of malformed files: a valid file with one thing wrong, at random within its class, and what the engine
-// must answer. The one list of them; docs/safety.md and the tests take the names from here.
+// must answer. The one list of them; docs/safety.md and the tests take the names from here. Long, because a list of 81
+// classes is best read and counted in one place.
 #pragma once
 
 #include <sys/socket.h>
