@@ -152,6 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     source = args.folder / f"checkpoint-8b-{args.layers}-{args.vocab}"
     out, plain = args.folder / "conversion-out.gguf", args.folder / "conversion-bf16.gguf"
+    args.folder.mkdir(parents=True, exist_ok=True)
     size = checkpoint_bytes(args.layers, args.vocab)
     made = (source / "model.safetensors.index.json").exists()
     peak = size * (0.55 if not args.quantize else 1 if args.frugal else 1.55) + (0 if made else size)

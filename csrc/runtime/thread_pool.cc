@@ -122,8 +122,9 @@ struct ThreadPool::Workers {
 
 ThreadPool::ThreadPool(int n_threads) : size_(std::clamp(n_threads, 1, kMaxThreads)), process_(process_id()) {
   workers_ = std::make_unique<Workers>(size_);
-  // With more threads than can run at once, a spinning thread only keeps the awaited one from its core.
-  workers_->state.spin_ns = size_ <= usable_cpus() ? kSpinNs : 0;
+  // With more threads than can run at once, a spinning thread only keeps the awaited one from its core. One thread waits
+  // for nobody: the files that tell the number of cores are not read for it.
+  workers_->state.spin_ns = size_ == 1 || size_ <= usable_cpus() ? kSpinNs : 0;
   const SignalsBlocked blocked;
   try {
     for (int i = 1; i < size_; ++i) {

@@ -270,9 +270,10 @@ void free_call(Input& in) {  // functions without handles
       Exact<float> source(rows * cols);
       for (size_t i = 0; i < source.size && n; ++i) source.data[i] = floats.data[i % n];
       pe_format format;
+      size_t bytes = 0;  // of a type that is none
       for (size_t i = 0; pe_format_at(i, &format) == PE_OK; ++i)
-        if (format.type == type) break;
-      Exact<uint8_t> packed(cols ? cols / format.block_size * format.block_bytes : 0);
+        if (format.type == type) bytes = cols / format.block_size * format.block_bytes;
+      Exact<uint8_t> packed(bytes);
       checked(pe_quantise_rows(type, source.data.get(), source.size, rows, cols, nullptr, packed.data.get(),
                                packed.size, 1));
       break;

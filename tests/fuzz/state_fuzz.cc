@@ -39,12 +39,15 @@ pe::SessionOptions options() {
   return out;
 }
 
-std::vector<uint8_t> valid_state() {
-  pe::Session session(model(), options());
-  session.eval(kPrompt, std::size(kPrompt), pe::Want::kNone, nullptr);
-  std::vector<uint8_t> out(session.state_bytes(std::size(kPrompt)));
-  session.save(0, std::size(kPrompt), out.data(), out.size());
-  return out;
+const std::vector<uint8_t>& valid_state() {
+  static const auto made = [] {
+    pe::Session session(model(), options());
+    session.eval(kPrompt, std::size(kPrompt), pe::Want::kNone, nullptr);
+    std::vector<uint8_t> out(session.state_bytes(std::size(kPrompt)));
+    session.save(0, std::size(kPrompt), out.data(), out.size());
+    return out;
+  }();
+  return made;
 }
 
 void mend(uint8_t* data, size_t size) {
@@ -60,7 +63,7 @@ void mend(uint8_t* data, size_t size) {
 
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
   if (size < kHeader || seed % 16 == 0) {
-    const std::vector<uint8_t> valid = valid_state();
+    const std::vector<uint8_t>& valid = valid_state();
     if (valid.size() <= max_size) {
       std::memcpy(data, valid.data(), valid.size());
       size = valid.size();
