@@ -9,7 +9,7 @@
 // are multiples of, by the curvature of each sub-block's error; each integer scale and minimum and its neighbours, by the
 // error after rounding anew; the steps again, in closed form, for all the codes.
 //
-// Error means the sum of w (x - stored x)^2, w the importance of the weight's column.
+// Error means the sum of w (x - stored x)^2, w the importance of the weight's column, or what favour_large makes of it.
 #pragma once
 
 #include <stddef.h>
@@ -82,6 +82,26 @@ struct Batch {
         x[k][j] = j < subs ? from[at] : 0;
         w[k][j] = j < subs && importance != nullptr ? importance[at] : 1;
       }
+    }
+  }
+
+  // Large weights count for more: times 1 + by |x| / mean |x|, the mean over the block of 256.
+  void favour_large(float by) {
+    constexpr int kPer = 256 / N;  // sub-blocks of a block
+    alignas(64) float per[kSubs];
+    for (int g = 0; g < kSubs; g += kWidth) {
+      Lanes sum{};
+      for (int k = 0; k < N; ++k) sum += magnitude(load(x[k] + g));
+      store(per + g, sum);
+    }
+    for (int at = 0; at < kSubs; at += kPer) {
+      float sum = 0;
+      for (int j = at; j < at + kPer; ++j) sum += per[j];
+      for (int j = at; j < at + kPer; ++j) per[j] = sum > kTiny ? by * 256 / sum : 0;
+    }
+    for (int k = 0; k < N; ++k) {
+      for (int g = 0; g < kSubs; g += kWidth)
+        store(w[k] + g, load(w[k] + g) * (magnitude(load(x[k] + g)) * load(per + g) + 1.0f));
     }
   }
 };

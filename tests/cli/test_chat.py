@@ -302,9 +302,11 @@ def test_tab_completes_commands_settings_and_files(start: Start, tmp_path: Path)
         chat.wait_for_prompt(completed)
         chat.type("\x15")
         chat.wait_for_prompt()
-    chat.type("/s\t\t")  # several: they are listed
+    chat.type("/s\t")  # several: they are listed
     chat.wait_for("/save")
+    chat.wait_for_prompt("/s")  # while it lists, the terminal itself would take Ctrl-U
     chat.type("\x15")
+    chat.wait_for_prompt()
     leave(chat)
 
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import atheris
+import jinja2.parser
 
-with atheris.instrument_imports(include=["jinja2.parser"]):  # its lexer: half of the time, no decision of ours
-    from pyengine.template import Template
 from pyengine import chat, chat_file, json_fields, reasoning, sampling, tokenizer
 from pyengine import template as template_module
 from pyengine.errors import EngineError
+from pyengine.template import Template
 from pyengine.tokenizer import PRE_TOKENIZERS, Tokenizer
 from pyengine_convert import architectures, checkpoint, convert, recipe, source
 from tests.fuzz.seeds import CHECKPOINT_CONFIG, MESSAGES, SEEDS
@@ -58,6 +58,7 @@ for _module in (
     checkpoint,
     convert,
     source,
+    jinja2.parser,  # not its lexer: half of the time, and no decision of ours
 ):
     _instrument(_module)
 
@@ -79,7 +80,7 @@ def fuzz_tokenizer(data: bytes) -> None:
     kind = fdp.PickValueInList(["gpt2", "llama", "gpt2", "llama", "bert"])
     n = fdp.ConsumeIntInRange(0, 24)
     tokens = [fdp.ConsumeUnicodeNoSurrogates(fdp.ConsumeIntInRange(0, 6)) for _ in range(n)]
-    if fdp.ConsumeBool():
+    if fdp.ConsumeIntInRange(0, 7) == 0:  # rarely: they take the time of everything else
         tokens += [f"<0x{byte:02X}>" for byte in range(256)] if kind == "llama" else [*"abcdefgh", "\u0120", "he"]
     types = [1] * n + [6 if t.startswith("<0x") else 1 for t in tokens[n:]]
     for i in range(n):

@@ -234,7 +234,10 @@ def test_a_file_without_permission_is_refused(small_file: Path) -> None:
     small_file.chmod(0)
     user = os.geteuid()
     if user == 0:  # the superuser may read everything
-        os.seteuid(65534)
+        try:
+            os.seteuid(65534)
+        except OSError as error:
+            pytest.skip(f"a namespace without other users ({error})")
     try:
         with pytest.raises(FileError, match="permission") as caught:
             GgufFile.open(small_file)

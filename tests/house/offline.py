@@ -20,16 +20,17 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _UP = 0x8913, 0x8914, 1  # linux/sockios.h, linux/
 
 
 def enter() -> str:
-    """Enters the namespace as a user that is root in it; why that is not possible, else ""."""
+    """Enters the namespace, as the superuser or as a user that is root in it; why that is not possible, else ""."""
     if not sys.platform.startswith("linux"):
         return f"{sys.platform} has no network namespaces"
     uid, gid = os.getuid(), os.getgid()
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_NEW_USER | _NEW_NET) != 0:
-        return f"unshare: {os.strerror(ctypes.get_errno())}"
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
+    if libc.unshare(_NEW_NET) != 0:
+        if libc.unshare(_NEW_USER | _NEW_NET) != 0:
+            return f"unshare: {os.strerror(ctypes.get_errno())}"
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         request = struct.pack("16sh14x", b"lo", 0)
         (flags,) = struct.unpack_from("h", fcntl.ioctl(control, _SIOCGIFFLAGS, request), 16)

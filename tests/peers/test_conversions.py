@@ -102,7 +102,7 @@ def test_our_file_gives_there_the_logits_of_its_own_conversion_and_its_file_work
         ours_lost, theirs_lost = (divergence(exact(model), rows) for rows in (ours_there, theirs_there))
         noise = (ours_lost - theirs_lost).std() / len(ours_lost) ** 0.5
         print(f"\n{model} {recipe}: KLD {ours_lost.mean():.5f} ours, {theirs_lost.mean():.5f} theirs, ± {noise:.5f}")
-        assert ours_lost.mean() <= theirs_lost.mean() + 3 * noise  # of fifty comparisons one or two exceed 2
+        assert ours_lost.mean() <= theirs_lost.mean() + 2 * noise
     mean, top1 = compare(other)
     lost = 0.0 if same else float(divergence(exact(model), theirs_there).mean())
     assert mean <= max(MAX_KLD, 0.01 * lost)  # a model that has lost much answers every rounding with more
