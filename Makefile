@@ -133,7 +133,7 @@ fuzz: $(VENV)/.test  ## coverage-guided fuzzing with clang and atheris: SECONDS=
 	  echo "== $$target"; $(BIN)/python -m zipfile -e tests/fuzz/corpus/$$target.zip build/fuzz/corpus/$$target; case " $(NATIVE_TARGETS) " in \
 	    *" $$target "*) program=build/fuzz/$${target}_fuzz;; \
 	    *) program="$(BIN)/python -m tests.fuzz.python_targets $$target";; esac; \
-	  $(SANITIZERS) $$program -max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
+	  $(SANITIZERS) $$program -max_total_time=$(SECONDS) -max_len=8192 -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
 	    -verbosity=0 -artifact_prefix=build/fuzz/found/$$target- build/fuzz/corpus/$$target; done
 
 coverage: $(VENV)/.test  ## branch coverage of the reader by the hostile files and the fuzzers' corpus

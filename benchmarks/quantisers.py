@@ -226,7 +226,7 @@ def their_tool(tools: Path, path: Path, chunks: int, *args: Any, says: str) -> s
         chunks,
         *args,
     ]
-    for _ in range(10):
+    for _ in range(40):
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])

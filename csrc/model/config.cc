@@ -114,9 +114,14 @@ void read_yarn(const Keys& keys, float override_scale, ModelConfig& c) {
 void read_rope(const Keys& keys, float override_scale, ModelConfig& c) {
   RopeSpec& r = c.rope;
   r.dims = keys.u32_or("rope.dimension_count", 2, static_cast<uint32_t>(c.head_dim_k), c.head_dim_k);
-  if (r.dims % 2)
-    keys.fail("rope.dimension_count", "value_out_of_range",
-              keys.name("rope.dimension_count") + " is " + std::to_string(r.dims) + "; expected an even number");
+  if (r.dims % 2) {
+    const char* from = "attention.head_count";  // of the keys that may have said so, the one that did
+    for (const char* suffix : {"attention.key_length", "rope.dimension_count"})
+      if (keys.find(suffix)) from = suffix;
+    keys.fail(from, "value_out_of_range",
+              keys.name(from) + " makes " + std::to_string(r.dims) +
+                  " values of a head turn with the position; expected an even number");
+  }
   r.base = keys.f32_or("rope.freq_base", 1.0f, 1e12f, 10000.0f);
   r.attn_scale = keys.f32_or("rope.scaling.attn_factor", 1e-3f, 1e3f, 1.0f);
   r.factor = keys.f32_or("rope.scaling.factor", 0.0f, 1e6f, 1.0f);

@@ -76,7 +76,9 @@ def check(name: str, first: int, count: int) -> tuple[int, list[str]]:
             start = time.process_time()
             try:
                 found = answer(path)
-            except Exception as error:  # whatever it is, it is no EngineError
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # whatever it is, it is no EngineError: a panic of a library in Rust, too
                 found = f"{type(error).__name__}: {error}"
             took = time.process_time() - start
             tried += 1

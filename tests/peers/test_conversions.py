@@ -64,7 +64,7 @@ def their_file(model: str, recipe: str, folder: Path) -> Path:
 
 def batches(path: Path) -> list[list[int]]:
     with pyengine.Model.open(path) as model:
-        return windows(model)[:6]
+        return windows(model, 24)  # with a quarter of them Q4_K differs by a draw of 7 %
 
 
 @functools.cache
@@ -106,5 +106,5 @@ def test_our_file_gives_there_the_logits_of_its_own_conversion_and_its_file_work
     mean, top1 = compare(other)
     lost = 0.0 if same else float(divergence(exact(model), theirs_there).mean())
     assert mean <= max(MAX_KLD, 0.01 * lost)  # a model that has lost much answers every rounding with more
-    assert top1 >= 0.97
+    assert top1 >= (0.97 if lost < 0.1 else 0.95)
     assert len(ids[0]) == WINDOW

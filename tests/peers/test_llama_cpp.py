@@ -49,13 +49,13 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> Rows:
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-def windows(model: pyengine.Model) -> list[list[int]]:
-    text = (DATA / "text" / "tinystories.txt").read_text(encoding="utf-8")[: 40 * WINDOW * WINDOWS]
+def windows(model: pyengine.Model, count: int = WINDOWS) -> list[list[int]]:
+    text = (DATA / "text" / "tinystories.txt").read_text(encoding="utf-8")[: 40 * WINDOW * count]
     ids = model.tokenizer.encode(text, add_special=False)
     bos = model.tokenizer.bos_id
     head = [bos] if bos is not None else []
     step = WINDOW - len(head)
-    return [head + ids[i * step : (i + 1) * step] for i in range(WINDOWS)]
+    return [head + ids[i * step : (i + 1) * step] for i in range(count)]
 
 
 def theirs(path: Path, batches: list[list[int]]) -> Iterator[Rows]:

@@ -247,6 +247,7 @@ def test_an_unknown_pre_tokenizer_is_named_and_can_be_overridden() -> None:
         ({"merges": None}, FormatError, "merges is missing"),
         ({"merges": ["a nothere"]}, FormatError, "do not fit"),
         ({"merges": ["ab"]}, FormatError, "do not fit"),
+        ({"merges": [f"a {'b' * 100}"]}, FormatError, "make no token"),
         ({"bos_token_id": 257}, FormatError, "is 257, outside"),
         ({"eos_token_id": -1}, FormatError, "is -1, outside"),
         ({"eot_token_id": True}, FormatError, "wrong type"),
@@ -276,6 +277,25 @@ def test_text_that_is_not_unicode_and_ids_that_do_not_exist_are_clear_errors() -
 def test_empty_text_has_no_ids() -> None:
     assert Tokenizer.from_metadata(small_metadata()).encode("") == []
     assert Tokenizer.from_metadata(small_metadata()).decode([]) == ""
+
+
+def test_a_dropped_tokenizer_leaves_no_memory_behind() -> None:
+    words = " ".join(
+        f"{i}abcdefgh" for i in range(20_000)
+    )  # 5 MB in the library's cache of words, which it never frees
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs /proc")
+    for _ in range(2):
+        Tokenizer.from_metadata(small_metadata()).encode(words)
+    before = resident()
+    for _ in range(6):
+        Tokenizer.from_metadata(small_metadata()).encode(words)
+    assert resident() - before < 15e6
 
 
 @needs_data
