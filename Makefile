@@ -10,7 +10,7 @@ CHECKS := $(wildcard tests/*/*_check.cc tests/hostile/*.h) benchmarks/limits.cc
 comma = ,
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: run test test-peers hostile fuzz coverage determinism determinism-aarch64 interrupts golden lint format sanitize limits bench plan-memory forecast test-offline hostile-text tokenizers convert-faults valgrind faults concurrency wheel wheel-check clean
+.PHONY: run test test-peers hostile fuzz coverage determinism determinism-aarch64 interrupts golden lint format sanitize leaks limits bench plan-memory forecast test-offline hostile-text tokenizers convert-faults valgrind faults concurrency wheel wheel-check clean
 
 run: $(VENV)/.run  ## build, then answer with the bundled demo model
 	$(BIN)/pyengine-run --demo --think show "$(PROMPT)" < /dev/null
@@ -85,6 +85,13 @@ sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer (leaks too) + 
 	build/tsan/checks/pool_check
 	build/tsan/checks/prefix_check $(DEMO)
 	build/tsan/checks/concurrency_check $(DEMO)
+
+LEAKS = $(CURDIR)/build/leaks
+leaks: $(VENV)/.test  ## the suite with the engine under AddressSanitizer: leaks and errors of memory (long)
+	$(PYTHON) -m venv $(LEAKS)/venv
+	$(LEAKS)/venv/bin/python -m pip install -q -e ".[test]" -Cbuild-dir=build/leaks -Ccmake.define.PE_BUILD_TESTS=ON \
+	  -Ccmake.define.PE_SANITIZE=address,undefined
+	$(BIN)/python -m tests.house.leaks $(LEAKS)/venv/bin/python $(LEAKS)/checks $(PYTEST_ARGS)
 
 VALGRIND = valgrind -q --error-exitcode=99 --leak-check=full --show-leak-kinds=all --errors-for-leak-kinds=all
 valgrind: $(VENV)/.test  ## the C program of the embedding test under valgrind: no error, nothing left allocated

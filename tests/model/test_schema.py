@@ -158,6 +158,8 @@ FORMAT: dict[str, tuple[Change, str, str]] = {
     "negative epsilon": (key(EPSILON, F32, -1e-5), "value_out_of_range", EPSILON),
     "epsilon is NaN": (key(EPSILON, F32, float("nan")), "value_not_finite", EPSILON),
     "epsilon as an integer": (key(EPSILON, U32, 0), "wrong_type", EPSILON),
+    "odd head size": (key(KEY_LENGTH, U32, 3), "value_out_of_range", KEY_LENGTH),
+    "odd width of a head": (keys((HEAD, U32, EMBD), (HEAD_KV, U32, EMBD)), "value_out_of_range", HEAD),
     "odd rope dims": (key(ROPE_DIMS, U32, 3), "value_out_of_range", ROPE_DIMS),
     "zero rope dims": (key(ROPE_DIMS, U32, 0), "value_out_of_range", ROPE_DIMS),
     "more rope dims than the head": (key(ROPE_DIMS, U32, HEAD_DIM + 2), "value_out_of_range", ROPE_DIMS),
