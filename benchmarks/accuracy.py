@@ -137,7 +137,7 @@ def compare_all(data: Path, models: Sequence[str], types: Sequence[str], text: s
     with tempfile.TemporaryDirectory() as folder:
         for name in models:
             plain = Path(folder) / "f32.gguf"
-            convert(data / "models" / name, plain, "f32")
+            convert(data / "models" / name, plain, "f32", force=True)
             with pyengine.Model.open(plain) as model:
                 batches = windows(model, (data / "text" / text).read_text(encoding="utf-8"), count)
             exact = list(ours(plain, batches, "f32"))
