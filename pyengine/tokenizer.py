@@ -441,9 +441,9 @@ class Tokenizer:
             )
         merges = [(left, right) for left, _, right in [m.partition(" ") for m in _texts(metadata, "merges")]]
         vocab = self._mergeable()
-        if not vocab.keys() >= set(map("".join, merges)):  # the library panics over some of these
-            left, right = next(pair for pair in merges if "".join(pair) not in vocab)
-            raise _bad("merges", f"do not fit the tokens: {left!r} and {right!r} make no token")
+        lost = next((pair for pair in merges if pair[0] + pair[1] not in vocab), None)
+        if lost:  # the library panics over some of these
+            raise _bad("merges", f"do not fit the tokens: {lost[0]!r} and {lost[1]!r} make no token")
         need_memory(_BUILD_BYTES + _BUILD_BYTES_PER_TOKEN * self.n_vocab, "the tokenizer")
         try:
             bpe = models.BPE(vocab, merges, cache_capacity=_CACHE, ignore_merges=family.ignore_merges)
