@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -69,10 +70,25 @@ def test_kills_at_random_moments_end_in_the_identical_bytes(tmp_path: Path, smal
                 assert path.read_bytes() == expected[path.name]
             assert kills < 60
             continue
+        assert result in ("killed", "done\n"), result
         break
     assert kills > 0
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == expected
     assert names(folder) == sorted(expected)
+
+
+def test_a_kill_before_the_last_remains_are_gone_is_resumed(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "m.gguf"
+    options: dict[str, Any] = {"split": 300_000, "resume": True, "force": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_remove_remains", lambda out: shutil.rmtree(writer._folder_name(out)))
+        report = convert(SOURCE, out, "q4_k_m", **options)
+    expected = {path.name: path.read_bytes() for path in report.paths}
+    assert names(tmp_path) == sorted([*expected, ".m.gguf.journal"])
+    convert(SOURCE, out, "q4_k_m", **options)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
 
 
 def interrupted(out: Path, after: int, **options: Any) -> None:

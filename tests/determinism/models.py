@@ -14,7 +14,7 @@ from tools.demo.quantise import requantise
 DEMO = "demo-q8_0"  # as it is bundled; "demo-Q4_K" and so on are made of it
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 WEIGHTS = ("F16", "Q8_0", "Q4_0", "Q4_K_M", "Q6_K")
-DEMO_NAMES = (DEMO, *(f"demo-{name}" for name in FORMATS if name != "Q8_0"))
+DEMO_NAMES = (DEMO, *(f"demo-{f.name}" for f in FORMATS.values() if f.can_quantise and f.name != "Q8_0"))
 
 
 def names(data: Path | None) -> list[str]:

@@ -201,8 +201,9 @@ def _resume(out: Path, volumes: Sequence[_Volume], identity: str) -> State:
     """How far the files on the disk have come. Errors: ``FileError`` when they are another conversion's."""
     state = journal.read(_journal_name(out), identity)
     for number, volume in enumerate(volumes[: state.volume + 1]):
-        if len(volumes) > 1 and not volume.path.exists() and volume.final.exists():
-            os.replace(volume.final, volume.path)  # killed while the parts got their names
+        if len(volumes) > 1 and not volume.path.exists() and volume.final.exists():  # killed while they got their names
+            _folder_name(out).mkdir(exist_ok=True)  # or just after
+            os.replace(volume.final, volume.path)
         if not volume.path.exists() or (number == state.volume and volume.path.stat().st_size < state.offset):
             return State()
     return state
