@@ -143,24 +143,25 @@ fuzz: $(VENV)/.test  ## coverage-guided fuzzing with clang and atheris: SECONDS=
 	  $(SANITIZERS) $$program -max_total_time=$(SECONDS) -max_len=8192 -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
 	    -verbosity=0 -artifact_prefix=build/fuzz/found/$$target- build/fuzz/corpus/$$target; done
 
-coverage: $(VENV)/.test  ## branch coverage of the reader by the hostile files and the fuzzers' corpus
+COVERAGE = $(CURDIR)/build/coverage
+coverage: $(VENV)/.test  ## branch coverage of the reader by its tests, the hostile files and the fuzzers' corpus
 	@for tool in clang llvm-cov llvm-profdata; do command -v $$tool > /dev/null || { \
 	  echo "$$tool is missing: on Debian, apt-get install clang llvm"; exit 1; }; done
-	$(BIN)/cmake -S . -B build/coverage -DPE_BUILD_PYTHON=OFF -DPE_BUILD_TESTS=ON -DPE_COVERAGE=ON \
-	  -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
-	$(BIN)/cmake --build build/coverage --target hostile_check --target gguf_check --target reader_fuzz
+	$(PYTHON) -m venv $(COVERAGE)/venv
+	CC=clang CXX=clang++ $(COVERAGE)/venv/bin/python -m pip install -q -e ".[test]" -Cbuild-dir=build/coverage \
+	  -Ccmake.define.PE_BUILD_TESTS=ON -Ccmake.define.PE_COVERAGE=ON
 	rm -f build/coverage/*.profraw
 	mkdir -p build/fuzz/corpus/reader
 	$(BIN)/python -m zipfile -e tests/fuzz/corpus/reader.zip build/fuzz/corpus/reader
-	set -e; export LLVM_PROFILE_FILE=$(CURDIR)/build/coverage/%4m-%p.profraw; \
+	set -e; export LLVM_PROFILE_FILE=$(COVERAGE)/%4m-%p.profraw; \
 	  for suite in incidents "classes 100" "cut 97" "integers 5" "bytes 101"; do \
 	    build/coverage/checks/hostile_check $$suite | tail -1; done; \
-	  PYENGINE_CHECKS_DIR=build/coverage/checks $(BIN)/python -m pytest -q tests/gguf -k "damage or cut or copying or typed or heap"; \
+	  PYENGINE_CHECKS_DIR=build/coverage/checks $(COVERAGE)/venv/bin/python -m pytest -q tests/gguf tests/model/test_schema.py; \
 	  build/coverage/reader_fuzz -runs=0 build/fuzz/corpus/reader
 	llvm-profdata merge -sparse build/coverage/*.profraw -o build/coverage/all.profdata
-	llvm-cov report build/coverage/checks/hostile_check -object build/coverage/checks/gguf_check \
-	  -object build/coverage/reader_fuzz -instr-profile=build/coverage/all.profdata -show-branch-summary \
-	  -show-region-summary=false -show-functions=false csrc/gguf
+	llvm-cov report build/coverage/libpyengine.so $(addprefix -object build/coverage/,checks/hostile_check checks/gguf_check reader_fuzz) \
+	  -instr-profile=build/coverage/all.profdata -show-branch-summary -show-region-summary=false -show-functions=false \
+	  -ignore-filename-regex='csrc/(api|base|bindings|kernels|model|quant|runtime)|tests/|pybind11'
 
 limits: $(VENV)/.test  ## what this machine can do at most: memory, arithmetic, barriers
 	build/checks/limits

@@ -120,11 +120,6 @@ void unmap_file(const std::byte* data, size_t) { UnmapViewOfFile(data); }
 
 bool is_as_opened(intptr_t, uint64_t, int64_t) { return true; }  // nobody can write to it
 
-void prefetch_pages(const std::byte* data, size_t size) {
-  WIN32_MEMORY_RANGE_ENTRY range{const_cast<std::byte*>(data), size};
-  PrefetchVirtualMemory(GetCurrentProcess(), 1, &range, 0);
-}
-
 #else
 
 void close_file(intptr_t handle) { ::close(static_cast<int>(handle)); }
@@ -184,10 +179,6 @@ bool is_as_opened(intptr_t handle, uint64_t size, int64_t modified) {
   struct stat now;
   return ::fstat(static_cast<int>(handle), &now) == 0 && static_cast<uint64_t>(now.st_size) == size &&
          modified_ns(now) == modified;
-}
-
-void prefetch_pages(const std::byte* data, size_t size) {
-  ::posix_madvise(const_cast<std::byte*>(data), size, POSIX_MADV_WILLNEED);
 }
 
 #endif
@@ -288,10 +279,6 @@ void MappedFile::copy(uint64_t end, const Progress& progress) {
   }
   copy_ = std::move(bytes);
   data_ = copy_.data();
-}
-
-void MappedFile::prefetch() const {
-  if (mapped_) prefetch_pages(data_, static_cast<size_t>(size_));
 }
 
 }  // namespace pe

@@ -40,8 +40,6 @@ class MappedFile {
   void map();
   // Makes data() a private copy of bytes 0..end.
   void copy(uint64_t end, const Progress& progress = {});
-  // Tells the operating system that the whole mapping will be read soon.
-  void prefetch() const;
   // Gives the file handle back, unless a guarded mapping is watched through it; data() stays. read_at, map and copy need
   // the handle.
   void close_handle() noexcept;

@@ -204,8 +204,4 @@ void File::check_unchanged() const {
   }
 }
 
-void File::prefetch() const {
-  for (const MappedFile& part : parts_) part.prefetch();
-}
-
 }  // namespace pe::gguf

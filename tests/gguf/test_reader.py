@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -336,6 +338,52 @@ def test_opening_a_later_part_names_the_first(tmp_path: Path) -> None:
 def test_a_renamed_first_part_is_refused(tmp_path: Path) -> None:
     paths = write_parts(tmp_path)
     _refused(paths[0].rename(tmp_path / "model-00001-of-00002.gguf"), "split_bad_name", "-00001-of-00003.gguf")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("p.gguf", "model-0000x-of-00003.gguf", "model-00001-of-0000x.gguf", "model- 0001-of-00003.gguf"),
+        *("model-00001_of-00003.gguf", "model-00002-of-00003.gguf", "model-00001-of-00003.GGUF"),
+    ],
+)
+def test_a_name_that_does_not_tell_the_other_parts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_parts(tmp_path)[0].rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    _refused(Path(name), "split_bad_name", "-00001-of-00003.gguf")
+
+
+def test_a_split_model_need_not_say_how_many_tensors_it_has(tmp_path: Path) -> None:
+    for i, path in enumerate(write_parts(tmp_path, 2)):
+        file = part(i, 2, [f32_tensor(f"t{i}", 5)], 2)
+        file.keys = [key for key in file.keys if key.name != "split.tensors.count"]
+        write(path, file)
+    with GgufFile.open(tmp_path / "model-00001-of-00002.gguf") as model:
+        assert list(model.tensors) == ["t0", "t1"]
+
+
+CHANGED = """
+import os, sys, pyengine
+pyengine.guard_mapped_files()
+with pyengine.GgufFile.open(sys.argv[1]) as file:
+    file.check_unchanged()
+    os.truncate(sys.argv[2], os.path.getsize(sys.argv[2]) - 4)
+    try:
+        file.check_unchanged()
+    except pyengine.FileError as error:
+        print(error.code, error.message)
+"""
+
+
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_a_guarded_part_that_changes_in_use_is_named(tmp_path: Path, n_parts: int) -> None:
+    paths = write_parts(tmp_path, n_parts)
+    command = [sys.executable, "-c", CHANGED, str(paths[0]), str(paths[-1])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    which = "part 2 of the model file" if n_parts == 2 else "the model file"
+    assert done.stdout.startswith(f"file_changed {which} was cut or written to"), done
 
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
