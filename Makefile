@@ -79,7 +79,7 @@ sanitize: $(VENV)/.test  ## the C++ checks under AddressSanitizer (leaks too) + 
 	build/asan/checks/pool_check
 	build/asan/checks/prefix_check $(DEMO)
 	build/asan/checks/fault_check --every 20 $(DEMO)
-	build/asan/checks/concurrency_check $(DEMO)
+	build/asan/checks/concurrency_check $(DEMO) forks=0  # in whose children the allocator of gcc before 14 hangs
 	PYENGINE_CHECKS_DIR=build/asan/checks $(BIN)/python -m pytest tests/gguf -k "damage or cut or copying or typed"
 	$(call sanitized,tsan,thread,pool_check prefix_check concurrency_check)
 	build/tsan/checks/pool_check

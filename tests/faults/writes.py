@@ -127,7 +127,8 @@ class Workflow:
             return
         if contents(folder) != self.expected:
             again = run(lambda: work(folder))
-            if fault.forever and "exists already" in again.messages:  # parts that could not be taken back
+            # Parts that could not be taken back; a kill leaves what it left, and what has its final name is whole.
+            if (fault.forever or outcome.code == -signal.SIGKILL) and "exists already" in again.messages:
                 again = run(lambda: self.forced(folder))
             tally.check(again.code == 0, f"{what}; then again, undisturbed: {again}")
         final = contents(folder)
@@ -183,7 +184,13 @@ def workflows(root: Path) -> list[Workflow]:
 
     program = "pyengine-convert"
     return [
-        Workflow("convert", program, convert, resume=lambda f: convert(f, "--resume")),
+        Workflow(
+            "convert",
+            program,
+            convert,
+            resume=lambda f: convert(f, "--resume"),
+            forced=lambda f: convert(f, "--force"),
+        ),
         Workflow(
             "convert to several files",
             program,
