@@ -51,6 +51,13 @@ namespace detail {
 inline const Gguf& any_file(Random& r) { return small_file(r.below(kSmallFiles)); }
 inline const Gguf& any_whole(Random& r) { return small_file(r.below(kSmallFiles), true); }
 
+// Where the format wants the data of a tensor, counted from the first.
+inline uint64_t place_of(const Gguf& f, uint64_t index) {
+  uint64_t place = 0;
+  for (uint64_t i = 0; i < index; ++i) place += (f.tensors[i].data.size() + 31) / 32 * 32;
+  return place;
+}
+
 inline std::string arch_of(const Gguf& f) {
   for (const Key& key : f.keys)
     if (key.name == "general.architecture") return key.payload.substr(8);
@@ -778,8 +785,7 @@ inline void tensor_padding(Random& r, Case& c) {
 inline void tensor_sum(Random& r, Case& c) {
   c.file = any_file(r);
   const uint64_t n = r.between(2, 6);
-  uint64_t offset = 0;
-  for (Tensor& t : c.file.tensors) offset += (t.data.size() + 31) / 32 * 32;
+  uint64_t offset = place_of(c.file, c.file.tensors.size());
   for (uint64_t i = 0; i < n; ++i) {
     const uint64_t rows = (uint64_t{1} << r.between(18, 20)) - r.below(3);
     c.file.tensors.push_back({"big." + std::to_string(i), {uint64_t{1} << 40, rows}, 0, "", offset, {}, {}});
@@ -809,9 +815,8 @@ inline void tensor_partial_block(Random& r, Case& c) {
 
 inline void tensor_misaligned(Random& r, Case& c) {
   c.file = any_file(r);
-  uint64_t offset = 0;
   const uint64_t wanted = r.below(c.file.tensors.size());
-  for (uint64_t i = 0; i < wanted; ++i) offset += (c.file.tensors[i].data.size() + 31) / 32 * 32;
+  const uint64_t offset = place_of(c.file, wanted);
   c.file.tensors[wanted].offset = (r.chance(2) ? offset : r.any() / 32 * 32) + r.between(1, 31);
   c.expect = "tensor_misaligned";
 }
@@ -831,18 +836,16 @@ inline void tensor_wrapping_offset(Random& r, Case& c) {
 
 inline void tensor_overlap(Random& r, Case& c) {
   c.file = any_file(r);
-  uint64_t offset = 0;
   const uint64_t wanted = r.between(1, c.file.tensors.size() - 1);
-  for (uint64_t i = 0; i < wanted; ++i) offset += (c.file.tensors[i].data.size() + 31) / 32 * 32;
+  const uint64_t offset = place_of(c.file, wanted);
   c.file.tensors[wanted].offset = r.below(offset / 32) * 32;
   c.expect = "tensor_overlap";
 }
 
 inline void tensor_gap(Random& r, Case& c) {
   c.file = any_file(r);
-  uint64_t offset = 0;
   const uint64_t wanted = r.below(c.file.tensors.size());
-  for (uint64_t i = 0; i < wanted; ++i) offset += (c.file.tensors[i].data.size() + 31) / 32 * 32;
+  const uint64_t offset = place_of(c.file, wanted);
   const uint64_t hole = r.between(1, 64) * 32;
   c.file.tensors[wanted].offset = offset + hole;
   c.file.tensors.back().data += r.bytes(hole + 64);

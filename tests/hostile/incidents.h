@@ -299,8 +299,7 @@ inline const Incident kIncidents[] = {
     {"safetensors audit 2023", "a hole between tensors that hides another file", "tensor.gap",
      [](Case& c) {
        Gguf f = detail::llama();
-       uint64_t offset = 0;
-       for (size_t i = 0; i + 1 < f.tensors.size(); ++i) offset += (f.tensors[i].data.size() + 31) / 32 * 32;
+       const uint64_t offset = detail::place_of(f, f.tensors.size() - 1);
        f.tensors.back().offset = offset + 4096;
        f.tensors.back().data += std::string(5000, 'P');
        detail::expect(c, f, "tensor_gap");

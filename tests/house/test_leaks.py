@@ -17,7 +17,7 @@ OF_OURS = """
 Indirect leak of 8 byte(s) in 1 object(s) allocated from:
     #0 0x7f1e in operator new(unsigned long) ../../../../src/libsanitizer/asan/asan_new_delete.cpp:99
     #1 0x7f1e in pe::Session::eval csrc/model/session.cc:10
-    #2 0x7f1e  (/work/build/leaks/libpyengine.so+0x5555)
+    #2 0x7f1e  (/home/x/build/leaks/libpyengine.so+0x5555)
 """
 ERRORS = """
 ==7==ERROR: AddressSanitizer: heap-use-after-free on address 0x60200000 at pc 0x55 bp 0x7f sp 0x7f
