@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from pyengine.overflow import Turn, overflowed
 from pyengine.reasoning import reasoning_profile
 from pyengine.sampling import Sampler, SampleResult, SamplerSettings
 from pyengine.speculate import Drafter, Lookahead, LookaheadSession, ModelDrafter, NgramDrafter
+from pyengine.threads import Task
 
 if TYPE_CHECKING:
     from pyengine.chat import ChatTemplate, PromptIds
@@ -489,16 +489,15 @@ class Chat:
             with suppress(EngineError):  # nothing is lost: the next turn meets the same problem and tells it
                 self.read_ahead()
 
-        thread = threading.Thread(target=read, name="pyengine-read-ahead")
-        thread.start()
+        task = Task(read)
         try:
             yield
         finally:
             self.session.cancel()
             try:
-                thread.join()
+                task.result()
             except KeyboardInterrupt:  # the session is nobody else's before the thread is done with it
-                thread.join()
+                task.wait()
                 raise
             finally:
                 self.session.clear_cancel()

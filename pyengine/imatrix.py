@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pyengine.errors import FormatError, InvalidArgument, NumericError
 from pyengine.files import replacing
 from pyengine.gguf_file import GgufFile
+from pyengine.memory import NUMPY_BYTES, need_memory
 from pyengine.model import Session
 from pyengine.windows import Ids, RowBuffer
 
@@ -135,6 +136,7 @@ def collect(session: Session, windows: Ids, *, output: bool = False) -> Iterator
     buffer = RowBuffer(session.model.n_vocab) if output else None
     for ids in windows:
         session.truncate(0)
+        need_memory(NUMPY_BYTES, "numpy")
         session.observe()
         if buffer is None:
             session.prefill(ids)

@@ -43,6 +43,10 @@ def _strict_accounting() -> bool:
     return _number(Path("/proc/sys/vm/overcommit_memory")) == 2
 
 
+# numpy 2 ends the process, or reports an error without an exception, when it is refused memory for small things.
+NUMPY_BYTES = 4 << 20
+
+
 def need_memory(size: int, what: str) -> None:
     """``OutOfMemory`` unless ``size`` bytes can be had now, on systems that refuse memory.
 

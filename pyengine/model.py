@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
@@ -14,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine import _core
-from pyengine.errors import InvalidArgument
+from pyengine.errors import InvalidArgument, OutOfMemory
 from pyengine.gguf_file import GgufFile, Metadata, fs_path, load_mode
 from pyengine.memory import memory_is_refused
+from pyengine.threads import Task
 
 if TYPE_CHECKING:
     from pyengine.tokenizer import Tokenizer
@@ -136,22 +136,15 @@ class _Ahead:
     """A tokenizer that another thread builds."""
 
     def __init__(self, build: Callable[[], Tokenizer]) -> None:
-        self._build = build
-        self._result: Tokenizer | None = None
-        # Not a daemon: the interpreter must not end under native code.
-        self._thread = threading.Thread(target=self._run, name="pyengine-tokenizer")
-        with contextlib.suppress(RuntimeError):  # no more threads
-            self._thread.start()
-
-    def _run(self) -> None:
-        with contextlib.suppress(Exception):  # whoever asks builds it again, and gets the error with its cause
-            self._result = self._build()
+        self._task: Task[Tokenizer] | None = None
+        with contextlib.suppress(OutOfMemory):
+            self._task = Task(build)
 
     def result(self) -> Tokenizer | None:
         """Waits for it; ``None`` when it failed, or in the child of a fork, where the thread does not exist."""
-        if self._thread.ident is not None:
-            self._thread.join()
-        return self._result
+        with contextlib.suppress(Exception):  # whoever asks builds it again, and gets the error with its cause
+            return self._task.result() if self._task is not None else None
+        return None
 
 
 def _tokenizer_of(path: str) -> Tokenizer:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pyengine.memory import NUMPY_BYTES, need_memory
 from pyengine.model import Session
 from pyengine.saved_logits import LogitsWriter, SavedLogits
 from pyengine.windows import Floats, Ids, RowBuffer
@@ -49,6 +50,7 @@ def score(
     first = windows.shape[1] // 2
     for index, ids in enumerate(windows):
         session.truncate(0)
+        need_memory(NUMPY_BYTES, "numpy")
         session.prefill(ids[:first])
         at, parts = 0, []
         for piece in buffer.eval(session, ids[first:-1]):

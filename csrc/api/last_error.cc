@@ -1,7 +1,12 @@
 #include "api/last_error.h"
 
+#include <cstdlib>
+
 #ifndef _WIN32
 #include <pthread.h>
+#endif
+#ifdef __GLIBC__
+#include <cxxabi.h>
 #endif
 
 namespace pe {
@@ -88,7 +93,50 @@ class Slot {
 
 Slot slot;
 
+#ifdef __GLIBC__
+
+// A thread's first throw makes the C++ library allocate a few bytes of thread-local data, and where that fails in a library
+// that was loaded at run time (this one, in Python), glibc ends the process. So that is done while there is memory.
+class Readiness {
+ public:
+  Readiness() : made_(pthread_key_create(&key_, nullptr) == 0) {}
+  ~Readiness() {
+    if (made_) pthread_key_delete(key_);
+  }
+  bool now() {
+    if (!made_ || pthread_getspecific(key_)) return true;
+    void* probe = std::malloc(4096);
+    if (!probe) return false;
+    std::free(probe);                                                  // and what was free is there for these few bytes
+    [[maybe_unused]] void* volatile asked = abi::__cxa_get_globals();  // volatile: it is declared free of effects
+    pthread_setspecific(key_, this);
+    return true;
+  }
+
+ private:
+  pthread_key_t key_{};
+  bool made_;
+};
+
+Readiness readiness;
+
+#endif
+
 }  // namespace
+
+bool ready_to_throw() noexcept {
+#ifdef __GLIBC__
+  if (!readiness.now()) {
+    if (LastError* e = slot.get()) {
+      e->shown = kNoMemory;
+    } else {
+      slot.set_no_memory();
+    }
+    return false;
+  }
+#endif
+  return true;
+}
 
 pe_status store_error(const Error& error) noexcept {
   try {

@@ -14,9 +14,13 @@ namespace pe {
 pe_status store_error(const Error& error) noexcept;
 pe_status store_error(Status status, const char* code, const char* message) noexcept;
 
+// Whether this thread has what an exception needs; else its last error says that there is no memory.
+bool ready_to_throw() noexcept;
+
 // Runs the body of an interface function; nothing escapes.
 template <typename Body>
 pe_status guarded(Body&& body) noexcept {
+  if (!ready_to_throw()) return PE_E_MEMORY;
   try {
     body();
     return PE_OK;

@@ -625,6 +625,29 @@ std::string tier_active() {
   return name;
 }
 
+PyObject *locked_name, *release_name;
+
+// run_task(work, begun, ended): what a new thread of Python's is to run. Calls work and then releases those of the two
+// locks that are held. It needs no frame of Python's and no memory, so it gets there also when the thread is refused
+// memory for its first frame; whoever waits for the locks then sees that work did not begin.
+PyObject* run_task(PyObject*, PyObject* args) {
+  PyObject *work, *begun, *ended;
+  if (!PyArg_UnpackTuple(args, "run_task", 3, 3, &work, &begun, &ended)) return nullptr;
+  const auto call = [](PyObject* object, PyObject* name) {
+    PyObject* result = name ? PyObject_CallMethodNoArgs(object, name) : PyObject_CallNoArgs(object);
+    if (!result) PyErr_Clear();
+    Py_XDECREF(result);
+    return result == Py_True;  // which lives on
+  };
+  const char* tier;  // any function of the interface will do: the first one of a thread prepares it for exceptions
+  if (pe_tier_active(&tier) != PE_E_MEMORY) call(work, nullptr);
+  for (PyObject* lock : {begun, ended})
+    if (call(lock, locked_name)) call(lock, release_name);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef plain_functions[] = {{"run_task", run_task, METH_VARARGS, nullptr}, {}};
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -647,6 +670,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("cpus", &cpus);
   m.def("measure_limits", &measure_limits, py::arg("threads"), py::arg("bytes"));
   m.def("guard_mapped_files", [] { check(pe_guard_mapped_files()); });
+  locked_name = PyUnicode_InternFromString("locked");
+  release_name = PyUnicode_InternFromString("release");
+  if (!locked_name || !release_name || PyModule_AddFunctions(m.ptr(), plain_functions) < 0)
+    throw py::error_already_set();
   py::module_::import("atexit").attr("register")(py::cpp_function(&end_threads));
   m.def("top_k", &top_k, py::arg("logits").noconvert(), py::arg("k"));
   m.def("exp", &exp_nonpositive, py::arg("x").noconvert());

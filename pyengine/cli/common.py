@@ -16,8 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
-from pyengine.errors import ContextFull, EngineError, InvalidArgument, OutOfMemory
+from pyengine.errors import ContextFull, EngineError, InvalidArgument
 from pyengine.gguf_file import guard_mapped_files
+from pyengine.memory import memory_is_refused
+from pyengine.threads import Task
 
 EXIT_OK = 0
 EXIT_ERROR = 1  # the file, the model, the machine
@@ -73,6 +75,8 @@ def _is_refused_memory(error: BaseException | None) -> bool:
             return True
         words = ("new thread", "map segment", "allocate memory")  # RuntimeError of threading, ImportError of the loader
         if isinstance(error, RuntimeError | ImportError) and any(word in str(error) for word in words):
+            return True
+        if isinstance(error, SystemError) and memory_is_refused():  # a library that failed without saying why
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -300,38 +304,33 @@ def in_background(
     When the consumer leaves early (an exception, ``close``), the producer is cancelled and waited for.
     """
     done = object()
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (item, None), (done, None) or (done, exception)
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()  # items, and done
     leaving = threading.Event()
 
     def produce() -> None:
         try:
             for item in items:
-                results.put((item, None))
+                results.put(item)
                 if leaving.is_set():
                     return items.close() if isinstance(items, Generator) else None
-            results.put((done, None))
-        except BaseException as error:
-            results.put((done, error))
+        finally:
+            results.put(done)
 
-    worker = threading.Thread(target=produce, name="pyengine-generate", daemon=True)
-    try:
-        worker.start()
-    except RuntimeError as refusal:
-        raise OutOfMemory("not enough memory: the system refuses a thread", code="thread_create") from refusal
+    worker = Task(produce, abandon=True)
     try:
         while True:
             try:
-                item, error = results.get(timeout=0.1)  # a bound, because Windows delivers no signal to a blocked get
+                item = results.get(timeout=0.1)  # a bound, because Windows delivers no signal to a blocked get
             except queue.Empty:
-                idle()
-                continue
-            if error is not None:
-                raise error
+                if worker.alive or not results.empty():
+                    idle()
+                    continue
+                item = done  # which it had no memory to say
             if item is done:
-                return
+                return worker.result()
             yield item
     finally:
         leaving.set()
-        if worker.is_alive():
+        if worker.alive:
             cancel()
-            worker.join(timeout=2.0)
+            worker.wait(2.0)

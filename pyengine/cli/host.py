@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pyengine.threads import Task
+
 MAX_LINE = 16 << 20  # bytes, without the line break
 MAX_UNREAD = 256  # events that the host has not taken, before whoever makes them waits for it
 _PATIENCE = 10.0  # seconds for a host that has ended the talk but still reads
@@ -30,8 +32,7 @@ class Host:
         self._hung_up = False  # nothing more is read
         self._gone = False  # nothing more is written
         self._wake_up, self._waker = os.pipe()
-        self._thread = threading.Thread(target=self._write, name="pyengine-writer", daemon=True)
-        self._thread.start()
+        self._writer = Task(self._write, abandon=True)
 
     @property
     def gone(self) -> bool:
@@ -104,7 +105,7 @@ class Host:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(_PATIENCE)
+        self._writer.wait(_PATIENCE)
 
     def _append(self, line: bytes) -> None:
         with self._changed:

@@ -28,6 +28,7 @@ from pyengine.cli.host import MAX_LINE, Host
 from pyengine.cli.report import logprobs, shift_numbers, timings, usage
 from pyengine.errors import EngineError, InvalidArgument
 from pyengine.json_fields import Fields, kind_of, parse, settings_from_json, settings_to_json
+from pyengine.threads import Task
 
 if TYPE_CHECKING:
     from pyengine.cli.setup import Setup
@@ -135,18 +136,17 @@ class Server:
         }
 
     def run(self) -> int:
-        worker = threading.Thread(target=self._worker, name="pyengine-worker")
         self._host.put(self._hello())
-        worker.start()
+        worker = Task(self._worker)
         try:
             for number, line in enumerate(self._host.lines(), start=1):
                 if line is None or line.strip():
                     self._take(number, line)
-            while self._finishing and worker.is_alive() and not self._host.gone:
-                worker.join(0.1)
+            while self._finishing and not self._host.gone and not worker.wait(0.1):
+                pass
         finally:
             self._stop_everything()
-            worker.join()
+            worker.result()
         return EXIT_PIPE if self._host.gone else EXIT_OK
 
     def _take(self, number: int, line: bytes | None) -> None:

@@ -148,6 +148,7 @@ class _Progress:
     def __init__(self) -> None:
         from tqdm import tqdm
 
+        tqdm.monitor_interval = 0  # no thread of its own
         self._bar: tqdm[NoReturn] = tqdm(
             unit="B", unit_scale=True, unit_divisor=1000, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
         )

@@ -5,20 +5,21 @@ with what was meant, and only then renamed. The temporary name is fixed and lock
 output cannot meet; what a killed one left behind is continued when asked (journal.py), otherwise replaced.
 The parts of a split file grow in a folder and are renamed last part first: the first one opens the model.
 
-A pool of threads reads and encodes pieces of a few MiB; this thread writes them in order, another one sees that they
-reach the disk. Memory in use: about (threads + 2) pieces, whatever the size of the model.
+Threads read and encode pieces of a few MiB, a bounded number at a time; this thread writes them in order, another one
+sees that they reach the disk. Memory in use: about (threads + 2) pieces, whatever the size of the model.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 import shutil
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from pyengine import quant
 from pyengine.errors import FileError, InternalError, InvalidArgument
 from pyengine.gguf_file import GgufFile
 from pyengine.model import Model
+from pyengine.threads import Task
 from pyengine_convert import journal
 from pyengine_convert.encode import Loss, encode
 from pyengine_convert.journal import Journal, State
@@ -310,31 +312,36 @@ def _write_volumes(volumes: Sequence[_Volume], state: State, log: Journal, threa
 
 def _write_data(volume: _Volume, state: State, log: Journal, threads: int, progress: Progress) -> None:
     """Appends the bytes of the tensors from ``state`` on, padded."""
-    with open(volume.path, "r+b", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="sync") as beside:
+    with open(volume.path, "r+b", buffering=0) as file:
         file.seek(state.offset)
         file.truncate()
-        synced, syncing = state.offset, None
+        synced: int = state.offset
+        syncing: Task[None] | None = None
 
         def checkpoint(reached: State) -> None:
             os.fsync(file.fileno())
             log.checkpoint(reached)
 
-        for piece in _pieces(volume.tensors, state.tensor, state.row, threads):
-            name = volume.tensors[piece.tensor].name
-            if piece.start == 0:
-                _pad(file)
-                state.checks[name] = zlib.crc32(piece.data.data)
-                state.losses[name] = Loss()
-            _write_all(file, piece.data)
-            state.losses[name] += piece.loss
-            state.done += piece.data.nbytes
-            state.tensor, state.row, state.offset = piece.tensor, piece.start + piece.count, file.tell()
-            progress(piece.data.nbytes)
-            if state.offset - synced >= _CHECKPOINT:
-                if syncing is not None:
-                    syncing.result()  # the disk is slower than we are: what waits to be written stays bounded
-                syncing = beside.submit(checkpoint, state.copy())
-                synced = state.offset
+        try:
+            for piece in _pieces(volume.tensors, state.tensor, state.row, threads):
+                name = volume.tensors[piece.tensor].name
+                if piece.start == 0:
+                    _pad(file)
+                    state.checks[name] = zlib.crc32(piece.data.data)
+                    state.losses[name] = Loss()
+                _write_all(file, piece.data)
+                state.losses[name] += piece.loss
+                state.done += piece.data.nbytes
+                state.tensor, state.row, state.offset = piece.tensor, piece.start + piece.count, file.tell()
+                progress(piece.data.nbytes)
+                if state.offset - synced >= _CHECKPOINT:
+                    if syncing is not None:
+                        syncing.result()  # the disk is slower than we are: what waits to be written stays bounded
+                    syncing = Task(functools.partial(checkpoint, state.copy()))
+                    synced = state.offset
+        finally:
+            if syncing is not None:
+                syncing.wait()
         if syncing is not None:
             syncing.result()
         _pad(file)
@@ -359,20 +366,26 @@ def _make(tensor: PlannedTensor, index: int, start: int, count: int) -> _Piece:
 
 def _pieces(tensors: Sequence[PlannedTensor], first: int, row: int, threads: int) -> Iterator[_Piece]:
     """Yields encoded pieces in file order, from row ``row`` of tensor ``first`` on; ``threads`` are in the making."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
-    waiting: deque[Future[_Piece]] = deque()
+    waiting: deque[Task[_Piece]] = deque()
+    room = threading.Semaphore(threads)
+
+    def make(index: int, start: int, count: int) -> _Piece:
+        with room:
+            return _make(tensors[index], index, start, count)
+
     try:
         for index in range(first, len(tensors)):
             for start, count in piece_bounds(tensors[index]):
                 if index == first and start < row:
                     continue
-                waiting.append(pool.submit(_make, tensors[index], index, start, count))
+                waiting.append(Task(functools.partial(make, index, start, count)))
                 if len(waiting) > threads:
                     yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for task in waiting:
+            task.wait()
 
 
 def piece_bounds(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
