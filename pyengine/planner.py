@@ -35,7 +35,7 @@ MARGIN_BYTES = GIB // 2
 # The interpreter with the packages a chat imports, and the tokenizer; measured on CPython 3.11, tokenizers 0.23
 # (benchmarks/plan_memory.py): the middle of what processes use, which differs by 3 MiB from run to run.
 _PROCESS_BYTES = 43 << 19
-_TOKEN_BYTES, _MERGE_BYTES = 321, 194
+_TOKEN_BYTES, _MERGE_BYTES = 326, 194
 _HUGE_PAGE = 2 << 20  # cache and scratch that are at least so large come in whole ones (csrc/base/aligned_buffer.cc)
 _CONTEXT_STEP = 256  # of the largest context: a multiple of it
 
