@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +13,7 @@ from pyengine import _core
 from pyengine.errors import OutOfMemory
 
 _T = TypeVar("_T")
-_waited_for: set[Task[Any]] = set()
+_waited_for: weakref.WeakSet[Task[Any]] = weakref.WeakSet()  # by the interpreter's end; a thread holds its own task
 
 
 class Task(Generic[_T]):
@@ -67,7 +68,6 @@ class Task(Generic[_T]):
             if not self._ended.acquire(timeout=seconds):
                 return False
             self._ended.release()
-        _waited_for.discard(self)
         return True
 
     def result(self) -> _T:

@@ -1,9 +1,12 @@
 """Calls in threads of their own: what they return, and a beginning or an end that fails for lack of memory."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -58,6 +61,14 @@ def test_a_thread_that_the_system_refuses_is_an_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr("_thread.start_new_thread", refuse)
     with pytest.raises(OutOfMemory, match="refuses a thread"):
         Task(lambda: None)
+
+
+def test_a_task_that_has_ended_is_kept_by_nobody_but_those_who_ask_for_it() -> None:
+    gone = weakref.ref(Task(lambda: None))
+    deadline = time.monotonic() + 60
+    while gone() is not None and time.monotonic() < deadline:
+        gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
