@@ -1,5 +1,6 @@
 // The pybind11 door: a client of pyengine.h and of nothing else. Keeps handles alive, releases the GIL around long
 // calls, turns failures into the exceptions of pyengine/errors.py. The friendly half of the interface is in Python.
+// Long, because every function of the interface passes through it once, and the module's table wants them in one file.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
