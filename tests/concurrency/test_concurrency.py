@@ -45,6 +45,7 @@ def answer(model: Model, question: str) -> str:
         chat.session.close()
 
 
+@pytest.mark.as_built  # forks while threads allocate: the sanitizer's allocator hangs in the child (gcc before 14)
 def test_threads_cancels_destructions_forks_and_changed_files_through_the_c_interface() -> None:
     counts = {"generations": 100, "cancels": 90, "destroys": 40, "cycles": 60, "forks": 16, "changes": 12}
     counted = [f"{name}={count}" for name, count in counts.items()]

@@ -127,6 +127,7 @@ def built_object(tier: str, name: str) -> Path:
     return found[0]
 
 
+@pytest.mark.as_built
 @pytest.mark.parametrize(("tier", "name", "functions", "least"), HOT, ids=[f"{h[0]}-{h[1]}" for h in HOT])
 def test_hot_loops_keep_no_vector_on_the_stack(tier: str, name: str, functions: str, least: int) -> None:
     objdump()

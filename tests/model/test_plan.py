@@ -261,6 +261,7 @@ def test_an_impossible_shape_is_refused_by_name(change: dict[str, int], words: s
     assert words in str(refused.value)
 
 
+@pytest.mark.as_built
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a process uses")
 @pytest.mark.parametrize(
     ("arch", "heads", "kv_heads", "kind", "n_ctx", "kv"),

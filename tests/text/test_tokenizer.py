@@ -299,6 +299,7 @@ def test_a_dropped_tokenizer_leaves_no_memory_behind() -> None:
 
 
 @needs_data
+@pytest.mark.as_built
 @pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
 def test_a_large_vocabulary_is_ready_within_a_second(name: str) -> None:
     metadata = metadata_of(vocabulary_path(name))
