@@ -34,6 +34,9 @@ class MappedFile {
   // The whole file after map() or borrow(), its first bytes after copy(), NULL otherwise.
   const std::byte* data() const { return data_; }
 
+  // The pages map() made, empty without it.
+  std::span<const std::byte> mapping() const { return {data_, mapped_ ? static_cast<size_t>(size_) : 0}; }
+
   // Exactly n bytes from `offset`; the range must be inside the file.
   void read_at(uint64_t offset, void* dst, size_t n) const;
   // Makes data() the file's pages, shared and read-only.

@@ -194,6 +194,12 @@ const TensorInfo* File::find_tensor(std::string_view name) const {
   return it != by_name_.end() && tensors_[*it].name == name ? &tensors_[*it] : nullptr;
 }
 
+std::vector<std::span<const std::byte>> File::mappings() const {
+  std::vector<std::span<const std::byte>> out;
+  for (const MappedFile& part : parts_) out.push_back(part.mapping());
+  return out;
+}
+
 void File::check_unchanged() const {
   for (size_t i = 0; i < parts_.size(); ++i) {
     if (!parts_[i].changed()) continue;

@@ -59,6 +59,9 @@ class File {
   // An array of min_count..max_count elements of that kind.
   const Value& array(std::string_view key, ElementKind kind, uint64_t min_count, uint64_t max_count) const;
 
+  // What is mapped of each part; nothing of copies.
+  std::vector<std::span<const std::byte>> mappings() const;
+
   // Throws Error kIo "file_changed" when a guarded mapping (base/file_guard.h) is no longer what was opened: to be called
   // after reading tensor data, before the result counts.
   void check_unchanged() const;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "base/error.h"
@@ -51,6 +52,14 @@ std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOpt
   auto m = of(gguf::File::open(path, options.load, options.progress), options.rope_attn_scale);
   report(1.0f);
   return m;
+}
+
+void Model::map_ahead() const noexcept {
+  if (mapping_.exchange(true)) return;
+  try {
+    mapper_ = std::make_unique<MapAhead>(file_->mappings());
+  } catch (const std::bad_alloc&) {  // pages come as they are touched
+  }
 }
 
 namespace {

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "base/map_ahead.h"
 #include "gguf/reader.h"
 #include "kernels/kernels.h"
 #include "model/weights.h"
@@ -37,6 +38,8 @@ class Model {
   // Of what keys and values depend on: the numbers of the configuration, and of each tensor its name, type, shape and a
   // sample of its bytes. The first call reads those samples, a few pages a tensor.
   uint64_t fingerprint() const;
+  // Somebody is about to read the weights: a thread maps them, from the first call on. It costs nothing to call again.
+  void map_ahead() const noexcept;
 
  private:
   Model() = default;
@@ -47,6 +50,8 @@ class Model {
   uint64_t n_params_ = 0;
   uint64_t weight_bytes_ = 0;
   mutable std::atomic<uint64_t> fingerprint_{0};  // 0: not yet known
+  mutable std::atomic<bool> mapping_{false};
+  mutable std::unique_ptr<MapAhead> mapper_;  // ends before the file does
 };
 
 }  // namespace pe

@@ -90,6 +90,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionOptions& optio
       team_size_(static_cast<int>(options_.n_threads)),
       prefixes_(std::move(prefixes)) {
   if (prefixes_) prefixes_->add(sequence_);
+  model_->map_ahead();
 }
 
 // Polls: a notification would touch busy_ after it said that the session may go. In the child of a fork nobody is left

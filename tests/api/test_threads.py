@@ -1,12 +1,16 @@
-"""How many threads run: what is asked for is checked, what is not asked for follows the machine, and no logit cares."""
+"""How many threads run: what is asked for is checked, what is not asked for follows the machine, and no logit cares.
+And the one that maps a model's file."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +80,33 @@ def test_limits_are_of_this_machine_and_refuse_what_makes_no_sense() -> None:
     assert limits.barrier_seconds < 1e-6  # of one thread, which waits for nobody
     with pytest.raises(InvalidArgument, match=r"n_threads is outside 1\.\.512"):
         measure_limits(513)
+
+
+def mapped_bytes(path: Path) -> int:
+    """Of a file that this process has mapped, how many bytes of memory it sees of it."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    parts = [next(line for line in lines if line.startswith("Rss:")) for line in lines if line.endswith(str(path))]
+    return sum(int(part.split()[1]) << 10 for part in parts)
+
+
+@pytest.mark.skipif(not hasattr(os, "uname") or os.uname().sysname != "Linux", reason="a call of Linux")
+@pytest.mark.skipif(
+    hasattr(os, "uname") and [int(n) for n in os.uname().release.split("-")[0].split(".")[:2]] < [5, 14],
+    reason="a call of Linux 5.14",
+)
+def test_the_first_session_has_the_file_mapped_ahead_and_opening_alone_has_not(tmp_path: Path) -> None:
+    path = tmp_path / "large.gguf"
+    shutil.copy(pyengine.demo_model_path(), path)
+    size = 80 << 20
+    os.truncate(path, size)  # what follows the tensors is no matter
+    with Model.open(path, tokenizer_ahead=False) as model:
+        assert mapped_bytes(path) < size // 2
+        with model.session(n_ctx=8) as session:
+            for _ in range(1000):
+                if mapped_bytes(path) == size:
+                    break
+                time.sleep(0.01)
+            assert mapped_bytes(path) == size
+            assert session.eval([1]).size == model.n_vocab
+        with model.session(n_ctx=8):
+            assert mapped_bytes(path) == size

@@ -1,8 +1,10 @@
-// Checks the thread pool: barriers and shared loops, parking, creation and destruction, fork, refusal, and the counting
-// of processors. Prints a summary; exit status 1 on failure. Meant to run under -fsanitize=thread as well.
+// Checks the thread pool: barriers and shared loops, parking, creation and destruction, fork, refusal; the counting of
+// processors; the thread that maps files. Prints a summary; exit status 1 on failure. Meant to run under
+// -fsanitize=thread as well.
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -16,12 +18,14 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "base/cpu_count.h"
 #include "base/error.h"
+#include "base/map_ahead.h"
 #include "runtime/team_size.h"
 #include "runtime/thread_pool.h"
 
@@ -457,6 +461,84 @@ void check_kinds_of_cores() {
   check(nothing.counted(first4) == "4 4 4", "an empty sysfs: every CPU is a core");
 }
 
+// A mapped file without content.
+struct Mapped {
+  size_t size;
+  std::string path = (std::filesystem::temp_directory_path() / "pool_check_XXXXXX").string();
+  int fd = mkstemp(path.data());
+  std::byte* data = nullptr;
+
+  explicit Mapped(size_t bytes) : size(bytes) {
+    if (fd < 0 || ftruncate(fd, static_cast<off_t>(size)) != 0) std::abort();
+    void* pages = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
+    if (pages == MAP_FAILED) std::abort();
+    data = static_cast<std::byte*>(pages);
+  }
+  ~Mapped() {
+    munmap(data, size);
+    close(fd);
+    std::filesystem::remove(path);
+  }
+  Mapped(const Mapped&) = delete;
+  Mapped& operator=(const Mapped&) = delete;
+
+  std::span<const std::byte> range() const { return {data, size}; }
+  // KiB of it that this process has mapped.
+  size_t mapped() const {
+    std::ifstream maps("/proc/self/smaps");
+    bool here = false;
+    for (std::string line; std::getline(maps, line);) {
+      if (line.find(path) != std::string::npos) here = true;
+      if (here && line.starts_with("Rss:")) return std::stoull(line.substr(4));
+    }
+    return 0;
+  }
+};
+
+void check_mapping_ahead() {
+  constexpr size_t kLarge = MapAhead::kWorthwhile + (size_t{5} << 20) + 1;
+  {
+    const Mapped probe(4096);
+    if (madvise(probe.data, 4096, 22) != 0) return;  // MADV_POPULATE_READ
+  }
+  const auto wait_for = [](const auto& done) {
+    for (const auto start = Clock::now(); !done() && seconds_since(start) < 60;)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return done();
+  };
+  {
+    const Mapped first(kLarge), second(3 << 20);
+    auto ahead = std::make_unique<MapAhead>(std::vector<std::span<const std::byte>>{first.range(), {}, second.range()});
+    check(wait_for([&] { return first.mapped() >= kLarge >> 10 && second.mapped() >= 3 << 10; }),
+          "all of it is mapped ahead");
+    check(in_child([&] {
+            ahead.reset();  // must not wait for a thread that is not here
+            return true;
+          }),
+          "the child of a fork gives a mapper up");
+    check(kSanitized || in_child([&] {
+            const rlimit limit = {1 << 20, 1 << 20};
+            setrlimit(RLIMIT_AS, &limit);
+            const MapAhead refused({first.range()});
+            return true;
+          }),
+          "a refused thread is no error");
+  }
+  {
+    const Mapped small(MapAhead::kWorthwhile - 1);
+    const MapAhead ahead({small.range()});
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    check(small.mapped() == 0, "what is quickly touched is left alone");
+  }
+  for (int i = 0; i < 50; ++i) {
+    const Mapped file(kLarge);
+    const MapAhead ahead({file.range()});
+    std::this_thread::sleep_for(std::chrono::microseconds(37 * i));
+    if (i % 2 == 0 && ftruncate(file.fd, i << 16) != 0) std::abort();  // no SIGBUS in the mapper
+  }
+  check(true, "a mapper ends before its file, whole or cut");
+}
+
 }  // namespace
 
 int main() {
@@ -477,6 +559,7 @@ int main() {
   check_processors();
   check_kinds_of_cores();
   check_team_size();
+  check_mapping_ahead();
   std::printf("barrier: %.2f us with 2 threads, %.2f with 4, %.2f with 8 on %d CPUs (%d cores)\n", each[2] * 1e6,
               each[4] * 1e6, each[8] * 1e6, usable_cpus(), usable_cores());
   std::printf("pool_check: %ld checks, %ld failures\n", checks, failures);
