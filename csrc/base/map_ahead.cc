@@ -16,8 +16,9 @@ namespace pe {
 
 namespace {
 
-constexpr size_t kPiece = size_t{2} << 20;  // bytes a call, and at most waited for at the end
-constexpr size_t kPage = 4096;              // the smallest
+// Bytes a call, which the destructor waits for. With 2 or 32 MiB files come from the disk more slowly (docs/performance.md).
+constexpr size_t kPiece = size_t{8} << 20;
+constexpr size_t kPage = 4096;  // the smallest
 
 #if defined(__linux__)
 
