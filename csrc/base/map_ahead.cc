@@ -1,7 +1,7 @@
 #include "base/map_ahead.h"
 
 #include <algorithm>
-#include <atomic>
+#include <chrono>
 #include <exception>
 #include <thread>
 #include <utility>
@@ -19,6 +19,8 @@ namespace {
 // Bytes a call, which the destructor waits for. With 2 or 32 MiB files come from the disk more slowly (docs/performance.md).
 constexpr size_t kPiece = size_t{8} << 20;
 constexpr size_t kPage = 4096;  // the smallest
+// Of pieces: the one a quarter of the way back is done by then, whoever took it.
+constexpr size_t kFirstLook = 64;
 
 #if defined(__linux__)
 
@@ -47,50 +49,76 @@ bool is_resident(const std::byte*, size_t) { return true; }
 
 }  // namespace
 
-struct MapAhead::Walk {
-  std::vector<std::span<const std::byte>> ranges;
+struct MapAhead::Work {
+  std::vector<std::span<const std::byte>> pieces;
   const int64_t process = process_id();
+  std::atomic<size_t> next{0};
   std::atomic<bool> stop{false};
   std::thread thread;
 
-  // A file larger than memory pushes out its own beginning: where an earlier piece is gone, going on does harm.
-  void run() const noexcept {
-    for (const std::span<const std::byte> range : ranges) {
-      const auto piece = [range](size_t i) {
-        return range.subspan(i * kPiece).first(std::min(kPiece, range.size() - i * kPiece));
-      };
-      for (size_t i = 0; i * kPiece < range.size(); ++i) {
-        if (stop.load(std::memory_order_relaxed)) return;
-        const auto next = piece(i), earlier = piece(i / 4);
-        if (i > 0 && !is_resident(earlier.data(), earlier.size())) return;
-        if (!map(next.data(), next.size())) return;
-      }
+  bool unfinished() const noexcept { return next.load(std::memory_order_relaxed) < pieces.size(); }
+
+  bool next_is_resident() const noexcept {
+    const size_t i = next.load(std::memory_order_relaxed);
+    return i < pieces.size() && is_resident(pieces[i].data(), pieces[i].size());
+  }
+
+  // False when there is nothing left to do.
+  bool map_next() noexcept {
+    const size_t i = next.fetch_add(1, std::memory_order_relaxed);
+    if (i < pieces.size()) {
+      // A file larger than memory pushes out its own beginning: where an early piece is gone, going on does harm.
+      const bool gone = i >= kFirstLook && !is_resident(pieces[i / 4].data(), pieces[i / 4].size());
+      if (!gone && map(pieces[i].data(), pieces[i].size())) return true;
+    }
+    next.store(pieces.size(), std::memory_order_relaxed);
+    return false;
+  }
+
+  void run() noexcept {
+    while (!stop.load(std::memory_order_relaxed) && map_next()) {
     }
   }
 };
 
-MapAhead::MapAhead(std::vector<std::span<const std::byte>> ranges) noexcept {
+MapAhead::MapAhead(const std::vector<std::span<const std::byte>>& ranges) noexcept {
   size_t bytes = 0;
   for (const auto range : ranges) bytes += range.size();
   if (bytes < kWorthwhile) return;
   try {
-    auto walk = std::make_unique<Walk>();
-    walk->ranges = std::move(ranges);
+    auto work = std::make_unique<Work>();
+    for (const auto range : ranges)
+      for (size_t at = 0; at < range.size(); at += kPiece)
+        work->pieces.push_back(range.subspan(at, std::min(kPiece, range.size() - at)));
     const SignalsBlocked blocked;
-    walk->thread = std::thread([w = walk.get()] { w->run(); });
-    walk_ = std::move(walk);
+    work->thread = std::thread([w = work.get()] { w->run(); });
+    work_ = std::move(work);
   } catch (const std::exception&) {  // pages come as they are touched
   }
 }
 
 MapAhead::~MapAhead() {
-  if (!walk_) return;
-  if (walk_->process != process_id()) {
-    walk_.release();  // the handle of a thread that does not exist here can be neither joined nor destroyed
+  if (!work_) return;
+  if (work_->process != process_id()) {
+    work_.release();  // the handle of a thread that does not exist here can be neither joined nor destroyed
     return;
   }
-  walk_->stop.store(true, std::memory_order_relaxed);
-  walk_->thread.join();
+  work_->stop.store(true, std::memory_order_relaxed);
+  work_->thread.join();
+}
+
+bool MapAhead::unfinished() const noexcept { return work_ && work_->unfinished() && work_->process == process_id(); }
+
+void MapAhead::help(bool wait, const std::atomic<bool>& cancel) const noexcept {
+  while (unfinished() && !cancel.load(std::memory_order_relaxed)) {
+    if (work_->next_is_resident()) {
+      work_->map_next();
+    } else if (wait) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    } else {
+      return;
+    }
+  }
 }
 
 }  // namespace pe

@@ -57,7 +57,7 @@ std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOpt
 void Model::map_ahead() const noexcept {
   if (mapping_.exchange(true)) return;
   try {
-    mapper_ = std::make_unique<MapAhead>(file_->mappings());
+    mapper_.store(new MapAhead(file_->mappings()), std::memory_order_release);
   } catch (const std::bad_alloc&) {  // pages come as they are touched
   }
 }

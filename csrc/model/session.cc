@@ -15,6 +15,8 @@ namespace pe {
 
 namespace {
 
+constexpr size_t kFewTokens = 64;  // are computed sooner than their weights come from a disk
+
 using Clock = std::chrono::steady_clock;
 int64_t ns(Clock::duration d) { return std::chrono::duration_cast<std::chrono::nanoseconds>(d).count(); }
 
@@ -158,6 +160,9 @@ void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, floa
               .logits = logits,
               .inputs = inputs_.get(),
               .cancel = cancel_};
+  // Faults would make these threads wait for each other at every barrier: first all pages, by all of them.
+  if (const MapAhead* mapper = model_->mapper(); mapper && mapper->unfinished())
+    pool_.run(pool_.size(), [&](Team&) { mapper->help(n <= kFewTokens, cancel_); });
   const auto start = Clock::now();
   const int size = n == 1 ? team_size_.next() : static_cast<int>(options_.n_threads_prefill);
   const int64_t waited = pool_.run(size, [&](Team& team) { forward(team, batch); });

@@ -530,9 +530,26 @@ void check_mapping_ahead() {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     check(small.mapped() == 0, "what is quickly touched is left alone");
   }
+  {
+    const Mapped file(kLarge);
+    for (size_t i = 0; i < kLarge; i += 1 << 20) {
+      static std::vector<char> bytes(1 << 20);
+      if (pread(file.fd, bytes.data(), bytes.size(), static_cast<off_t>(i)) <= 0) std::abort();
+    }
+    const MapAhead ahead({file.range()});
+    const std::atomic<bool> cancelled{true}, wanted{false};
+    ahead.help(true, cancelled);
+    std::vector<std::thread> helpers;
+    for (int i = 0; i < 3; ++i) helpers.emplace_back([&] { ahead.help(true, wanted); });
+    for (std::thread& helper : helpers) helper.join();
+    check(!ahead.unfinished(), "helpers leave no piece of a file in memory that nobody has begun");
+    check(wait_for([&] { return file.mapped() >= kLarge >> 10; }), "with helpers all of it is mapped");
+  }
   for (int i = 0; i < 50; ++i) {
     const Mapped file(kLarge);
     const MapAhead ahead({file.range()});
+    const std::atomic<bool> wanted{false};
+    if (i % 5 == 0) ahead.help(i % 10 == 0, wanted);
     std::this_thread::sleep_for(std::chrono::microseconds(37 * i));
     if (i % 2 == 0 && ftruncate(file.fd, i << 16) != 0) std::abort();  // no SIGBUS in the mapper
   }
