@@ -368,8 +368,8 @@ pe_status pe_shape_bytes(const pe_shape* shape, const pe_session_options* option
                          uint64_t* scratch_bytes);
 
 /* `options` may be NULL. PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type, or head dimensions that do not fit it), PE_E_MEMORY.
- * On Linux the first session of a mapped model of 64 MiB or more starts a thread that maps the file's pages (and has them
- * read) before they are needed; it ends when all are, when memory is short, or with the model. */
+ * On Linux the first session of a mapped model of 64 MiB or more, if memory can hold it, starts a thread that maps the
+ * file's pages and has them read before they are needed; it ends when all are, or with the model. */
 pe_status pe_session_create(pe_model* model, const pe_session_options* options, pe_session** out);
 /* May be called while another thread is inside a call on the session: that call is cancelled (PE_E_CANCELLED, unless it was
  * about to succeed) and waited for. No call on the session may begin once this one has. */

@@ -2,7 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
+#include <cstdio>
 #include <exception>
+#include <fstream>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -40,10 +44,21 @@ bool is_resident(const std::byte* p, size_t n) {
   return std::all_of(pages, pages + count, [](unsigned char page) { return (page & 1) != 0; });
 }
 
+// What can be had without swapping, pages of files included, or all there could be where the system does not say. (Limits of
+// control groups are left to the look back.)
+size_t available_memory() {
+  size_t kib = 0;
+  std::ifstream file("/proc/meminfo");
+  for (std::string line; std::getline(file, line);)
+    if (std::sscanf(line.c_str(), "MemAvailable: %zu", &kib) == 1) return kib << 10;
+  return SIZE_MAX;
+}
+
 #else
 
 bool map(const std::byte*, size_t) { return false; }
 bool is_resident(const std::byte*, size_t) { return true; }
+size_t available_memory() { return 0; }
 
 #endif
 
@@ -86,6 +101,7 @@ MapAhead::MapAhead(const std::vector<std::span<const std::byte>>& ranges) noexce
   for (const auto range : ranges) bytes += range.size();
   if (bytes < kWorthwhile) return;
   try {
+    if (bytes > available_memory()) return;  // read to be pushed out before it is used
     auto work = std::make_unique<Work>();
     for (const auto range : ranges)
       for (size_t at = 0; at < range.size(); at += kPiece)

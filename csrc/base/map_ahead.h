@@ -14,7 +14,7 @@ namespace pe {
 // system has no such call, refuses a thread or is short of memory, pages come as they are touched.
 class MapAhead {
  public:
-  // Ranges begin at a page. Less than kWorthwhile bytes in all are left alone.
+  // Ranges begin at a page. Less than kWorthwhile bytes in all are left alone, and more than there is memory for.
   explicit MapAhead(const std::vector<std::span<const std::byte>>& ranges) noexcept;
   // Waits for the piece at hand, in the process where the thread lives; the child of a fork abandons it.
   ~MapAhead();
