@@ -13,12 +13,12 @@ PROGRAM = """
 import json, sys, time
 import pyengine
 from common import anonymous_bytes, finish
-path, threads, tokenizer = json.loads(sys.argv[1])
+path, threads, tokenizer = json.loads(sys.argv[1])  # "none", "meanwhile" (the default), "before"
 before = anonymous_bytes()
 t0 = time.perf_counter()
-model = pyengine.Model.open(path)
+model = pyengine.Model.open(path, tokenizer_ahead=tokenizer != "none")
 t1 = time.perf_counter()
-if tokenizer: model.tokenizer
+if tokenizer == "before": model.tokenizer
 t2 = time.perf_counter()
 session = model.session(n_ctx=64, threads=threads)
 session.eval([1, 2, 3, 4])
@@ -34,24 +34,28 @@ def main() -> None:
     path = model_path(args)
     report = start(args, "load", path)
     opened = report.row("Model.open", "s")
-    logits = report.row("to the first logits of four ids", "s")
+    alone = report.row("to the first logits of four ids, no tokenizer", "s")
+    logits = report.row("to the first logits of four ids, tokenizer meanwhile", "s")
     memory = report.row("anonymous memory beyond cache and scratch", "MB")
     tokenizer = report.row("tokenizer", "s")
     both = report.row("to the first logits, tokenizer built before", "s")
 
+    def no_tokenizer() -> None:
+        alone.values.append(in_new_process(PROGRAM, str(path), args.threads, "none")["first"])
+
     def ids() -> None:
-        figures = in_new_process(PROGRAM, str(path), args.threads, False)
+        figures = in_new_process(PROGRAM, str(path), args.threads, "meanwhile")
         opened.values.append(figures["open"])
         logits.values.append(figures["first"])
         memory.values.append(figures["memory"])
 
     def text() -> None:
-        figures = in_new_process(PROGRAM, str(path), args.threads, True)
+        figures = in_new_process(PROGRAM, str(path), args.threads, "before")
         tokenizer.values.append(figures["tokenizer"])
         both.values.append(figures["first"])
 
-    in_new_process(PROGRAM, str(path), args.threads, False)  # fills the page cache
-    interleave(args.rounds, {"from ids": ids, "from text": text})
+    in_new_process(PROGRAM, str(path), args.threads, "none")  # fills the page cache
+    interleave(args.rounds, {"no tokenizer": no_tokenizer, "from ids": ids, "from text": text})
     finish(report, args)
 
 

@@ -304,7 +304,9 @@ void pe_model_options_init(pe_model_options* options);
 void pe_model_info_init(pe_model_info* info);
 
 /* Opens a model for running: the file's checks, then the architecture's schema (every key, every tensor's shape and
- * type). `options` may be NULL. PE_E_IO, PE_E_FORMAT, PE_E_UNSUPPORTED, PE_E_MEMORY, PE_E_CANCELLED, PE_E_CPU. */
+ * type). `options` may be NULL. PE_E_IO, PE_E_FORMAT, PE_E_UNSUPPORTED, PE_E_MEMORY, PE_E_CANCELLED, PE_E_CPU.
+ * On Linux, of a mapped model of 64 MiB or more, a thread maps the pages from then on, and has them read, before they are
+ * needed; it ends when all are, or with the model. A model that memory cannot hold is left alone. */
 pe_status pe_model_open(const char* path, const pe_model_options* options, pe_model** out);
 /* Sessions keep the model alive: closing first is safe, the memory goes with the last session. */
 void pe_model_close(pe_model* model);
@@ -367,9 +369,7 @@ void pe_shape_init(pe_shape* shape);
 pe_status pe_shape_bytes(const pe_shape* shape, const pe_session_options* options, uint64_t* kv_bytes,
                          uint64_t* scratch_bytes);
 
-/* `options` may be NULL. PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type, or head dimensions that do not fit it), PE_E_MEMORY.
- * On Linux the first session of a mapped model of 64 MiB or more, if memory can hold it, starts a thread that maps the
- * file's pages and has them read before they are needed; it ends when all are, or with the model. */
+/* `options` may be NULL. PE_E_ARGUMENT, PE_E_UNSUPPORTED (cache type, or head dimensions that do not fit it), PE_E_MEMORY. */
 pe_status pe_session_create(pe_model* model, const pe_session_options* options, pe_session** out);
 /* May be called while another thread is inside a call on the session: that call is cancelled (PE_E_CANCELLED, unless it was
  * about to succeed) and waited for. No call on the session may begin once this one has. */

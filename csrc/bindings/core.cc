@@ -325,15 +325,16 @@ pe_session_options session_options(uint32_t n_ctx, uint32_t threads, uint32_t pr
 
 class Session {
  public:
-  Session(const Model& model, uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv, uint32_t chunk)
-      : model_(model.handle()) {
+  // The engine's session keeps the weights alive, and nothing here does after close().
+  Session(const Model& model, uint32_t n_ctx, uint32_t threads, uint32_t prefill, int kv, uint32_t chunk) {
+    const std::shared_ptr<ModelHandle> keep = model.handle();
     pe_model_info info;
     pe_model_info_init(&info);
-    check(pe_model_get_info(model_->raw, &info));
+    check(pe_model_get_info(keep->raw, &info));
     n_vocab_ = info.n_vocab;
     const pe_session_options o = session_options(n_ctx, threads, prefill, kv, chunk);
     pe_session* raw = nullptr;
-    const pe_status status = without_gil([&] { return pe_session_create(model_->raw, &o, &raw); });
+    const pe_status status = without_gil([&] { return pe_session_create(keep->raw, &o, &raw); });
     check(status);
     handle_ = std::make_shared<SessionHandle>(raw);
   }
@@ -431,7 +432,6 @@ class Session {
                                      "; expected at least " + std::to_string(rows) + " rows of " +
                                      std::to_string(n_vocab_));
   }
-  std::shared_ptr<ModelHandle> model_;
   std::shared_ptr<SessionHandle> handle_;
   size_t n_vocab_ = 0;
 };

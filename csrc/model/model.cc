@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <utility>
 
 #include "base/error.h"
@@ -38,6 +37,7 @@ std::shared_ptr<const Model> Model::of(std::shared_ptr<const gguf::File> file, f
     m->n_params_ += t.dims[0] * t.dims[1] * t.dims[2] * t.dims[3];  // the reader has checked the product
     m->weight_bytes_ += t.size;
   }
+  m->mapper_ = std::make_unique<const MapAhead>(m->file_->mappings());
   return m;
 }
 
@@ -52,14 +52,6 @@ std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOpt
   auto m = of(gguf::File::open(path, options.load, options.progress), options.rope_attn_scale);
   report(1.0f);
   return m;
-}
-
-void Model::map_ahead() const noexcept {
-  if (mapping_.exchange(true)) return;
-  try {
-    mapper_.store(new MapAhead(file_->mappings()), std::memory_order_release);
-  } catch (const std::bad_alloc&) {  // pages come as they are touched
-  }
 }
 
 namespace {

@@ -6,10 +6,10 @@
 #include <memory>
 #include <string>
 
-#include "base/map_ahead.h"
 #include "gguf/reader.h"
 #include "kernels/kernels.h"
 #include "model/weights.h"
+#include "runtime/map_ahead.h"
 
 namespace pe {
 
@@ -29,10 +29,6 @@ class Model {
   // Of a file that is open already, with its tensors' data. Throws Error: kFormat, kUnsupported, kMemory, kCpu.
   static std::shared_ptr<const Model> of(std::shared_ptr<const gguf::File> file, float rope_attn_scale = 0);
 
-  ~Model() { delete mapper_.load(); }
-  Model(const Model&) = delete;
-  Model& operator=(const Model&) = delete;
-
   const std::shared_ptr<const gguf::File>& file() const { return file_; }
   const ModelConfig& config() const { return config_; }
   const Weights& weights() const { return weights_; }
@@ -42,10 +38,8 @@ class Model {
   // Of what keys and values depend on: the numbers of the configuration, and of each tensor its name, type, shape and a
   // sample of its bytes. The first call reads those samples, a few pages a tensor.
   uint64_t fingerprint() const;
-  // Somebody is going to read the weights: a thread maps them, from the first call on.
-  void map_ahead() const noexcept;
-  // What it has not done yet may be helped with; NULL where nothing is mapped ahead.
-  const MapAhead* mapper() const noexcept { return mapper_.load(std::memory_order_acquire); }
+  // Maps the weights meanwhile; to be helped by whoever is about to read them.
+  const MapAhead& mapper() const { return *mapper_; }
 
  private:
   Model() = default;
@@ -56,8 +50,7 @@ class Model {
   uint64_t n_params_ = 0;
   uint64_t weight_bytes_ = 0;
   mutable std::atomic<uint64_t> fingerprint_{0};  // 0: not yet known
-  mutable std::atomic<bool> mapping_{false};
-  mutable std::atomic<MapAhead*> mapper_{nullptr};
+  std::unique_ptr<const MapAhead> mapper_;        // ends before the file does
 };
 
 }  // namespace pe

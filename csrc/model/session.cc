@@ -92,7 +92,6 @@ Session::Session(std::shared_ptr<const Model> model, const SessionOptions& optio
       team_size_(static_cast<int>(options_.n_threads)),
       prefixes_(std::move(prefixes)) {
   if (prefixes_) prefixes_->add(sequence_);
-  model_->map_ahead();
 }
 
 // Polls: a notification would touch busy_ after it said that the session may go. In the child of a fork nobody is left
@@ -161,8 +160,8 @@ void Session::eval_chunk(const int32_t* tokens, size_t n, size_t first_row, floa
               .inputs = inputs_.get(),
               .cancel = cancel_};
   // Faults would make these threads wait for each other at every barrier: first all pages, by all of them.
-  if (const MapAhead* mapper = model_->mapper(); mapper && mapper->unfinished())
-    pool_.run(pool_.size(), [&](Team&) { mapper->help(n <= kFewTokens, cancel_); });
+  if (const MapAhead& mapper = model_->mapper(); mapper.unfinished())
+    pool_.run(pool_.size(), [&](Team&) { mapper.help(n <= kFewTokens, cancel_); });
   const auto start = Clock::now();
   const int size = n == 1 ? team_size_.next() : static_cast<int>(options_.n_threads_prefill);
   const int64_t waited = pool_.run(size, [&](Team& team) { forward(team, batch); });

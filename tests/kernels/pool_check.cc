@@ -25,7 +25,7 @@
 
 #include "base/cpu_count.h"
 #include "base/error.h"
-#include "base/map_ahead.h"
+#include "runtime/map_ahead.h"
 #include "runtime/team_size.h"
 #include "runtime/thread_pool.h"
 

@@ -1,4 +1,4 @@
-#include "base/map_ahead.h"
+#include "runtime/map_ahead.h"
 
 #include <algorithm>
 #include <chrono>
@@ -14,15 +14,19 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace pe {
 
 namespace {
 
-// Bytes a call, which the destructor waits for. With 2 or 32 MiB files come from the disk more slowly (docs/performance.md).
+// Bytes read by one call, which the destructor waits for. With 2 or 32 MiB files come from the disk more slowly
+// (docs/performance.md).
 constexpr size_t kPiece = size_t{8} << 20;
-constexpr size_t kPage = 4096;  // the smallest
+// After each the thread steps back: mapping keeps others from changing the address space, as allocating does, and who only
+// lets go of that lock and takes it again leaves it to nobody.
+constexpr std::chrono::microseconds kPause{20};
 // Of pieces: the one a quarter of the way back is done by then, whoever took it.
 constexpr size_t kFirstLook = 64;
 
@@ -35,13 +39,13 @@ constexpr size_t kFirstLook = 64;
 // False where the system has no such call, and where the file became shorter or cannot be read.
 bool map(const std::byte* p, size_t n) { return madvise(const_cast<std::byte*>(p), n, MADV_POPULATE_READ) == 0; }
 
-// Whether all of it is in memory. The system says yes too where it does not tell: of files of other users.
-bool is_resident(const std::byte* p, size_t n) {
-  unsigned char pages[kPiece / kPage];
-  const size_t count = (n + kPage - 1) / kPage;  // bytes written, or fewer where pages are larger
-  std::fill_n(pages, count, 1);
-  if (mincore(const_cast<std::byte*>(p), n, pages) != 0) return true;
-  return std::all_of(pages, pages + count, [](unsigned char page) { return (page & 1) != 0; });
+// Whether the page that holds this byte is in memory. (To ask for all pages of a piece takes as long as mapping them.) The system
+// says yes too where it does not tell: of files of other users.
+bool is_resident(const std::byte* p) {
+  const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char page = 1;
+  mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p) / size * size), 1, &page);
+  return (page & 1) != 0;
 }
 
 // What can be had without swapping, pages of files included, or all there could be where the system does not say. (Limits of
@@ -57,7 +61,7 @@ size_t available_memory() {
 #else
 
 bool map(const std::byte*, size_t) { return false; }
-bool is_resident(const std::byte*, size_t) { return true; }
+bool is_resident(const std::byte*) { return true; }
 size_t available_memory() { return 0; }
 
 #endif
@@ -75,7 +79,7 @@ struct MapAhead::Work {
 
   bool next_is_resident() const noexcept {
     const size_t i = next.load(std::memory_order_relaxed);
-    return i < pieces.size() && is_resident(pieces[i].data(), pieces[i].size());
+    return i < pieces.size() && is_resident(&pieces[i].back());
   }
 
   // False when there is nothing left to do.
@@ -83,7 +87,7 @@ struct MapAhead::Work {
     const size_t i = next.fetch_add(1, std::memory_order_relaxed);
     if (i < pieces.size()) {
       // A file larger than memory pushes out its own beginning: where an early piece is gone, going on does harm.
-      const bool gone = i >= kFirstLook && !is_resident(pieces[i / 4].data(), pieces[i / 4].size());
+      const bool gone = i >= kFirstLook && !is_resident(pieces[i / 4].data());
       if (!gone && map(pieces[i].data(), pieces[i].size())) return true;
     }
     next.store(pieces.size(), std::memory_order_relaxed);
@@ -91,8 +95,7 @@ struct MapAhead::Work {
   }
 
   void run() noexcept {
-    while (!stop.load(std::memory_order_relaxed) && map_next()) {
-    }
+    while (!stop.load(std::memory_order_relaxed) && map_next()) std::this_thread::sleep_for(kPause);
   }
 };
 
