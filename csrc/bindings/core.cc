@@ -274,7 +274,14 @@ class Model {
     m.handle_ = std::make_shared<ModelHandle>(raw);
     return m;
   }
-  void close() { handle_.reset(); }
+  void close() {
+    std::shared_ptr<ModelHandle> last = std::move(handle_);
+    handle_.reset();
+    without_gil([&] {  // may wait for a piece of the file that is being read ahead
+      last.reset();
+      return 0;
+    });
+  }
   const std::shared_ptr<ModelHandle>& handle() const {
     if (!handle_) raise_closed("model");
     return handle_;

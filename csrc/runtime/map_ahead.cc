@@ -39,8 +39,8 @@ constexpr size_t kFirstLook = 64;
 // False where the system has no such call, and where the file became shorter or cannot be read.
 bool map(const std::byte* p, size_t n) { return madvise(const_cast<std::byte*>(p), n, MADV_POPULATE_READ) == 0; }
 
-// Whether the page that holds this byte is in memory. (To ask for all pages of a piece takes as long as mapping them.) The system
-// says yes too where it does not tell: of files of other users.
+// Whether the page that holds this byte is in memory. (To ask for all pages of a piece takes as long as mapping them.) The
+// system says yes too where it does not tell: of files of other users.
 bool is_resident(const std::byte* p) {
   const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   unsigned char page = 1;

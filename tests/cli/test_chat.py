@@ -441,9 +441,13 @@ def test_ctrl_d_leaves(start: Start) -> None:
         assert chat.exit_code() == common.EXIT_OK
 
 
-def test_a_closed_window_ends_the_program(start: Start) -> None:
+IGNORING = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *SLOW]  # as under nohup
+
+
+@pytest.mark.parametrize("command", [SLOW, IGNORING], ids=["told", "not told"])
+def test_a_closed_window_ends_the_program(start: Start, command: list[str]) -> None:
     for message in ("", "What is 27 + 58?\r"):
-        chat = start(command=SLOW)
+        chat = start(command=command)
         chat.type(message)
         time.sleep(0.3)
         chat.hang_up()
