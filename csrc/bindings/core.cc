@@ -100,6 +100,16 @@ struct Handle {
   ~Handle() { Free(raw); }
   T* raw;
 };
+// Empties `handle`, and closes what it named, if nobody else has it, without the GIL.
+template <typename T>
+void let_go(std::shared_ptr<T>& handle) {
+  std::shared_ptr<T> last = std::move(handle);
+  handle.reset();
+  without_gil([&] {
+    last.reset();
+    return 0;
+  });
+}
 using FileHandle = Handle<pe_file, pe_file_close>;
 using ModelHandle = Handle<pe_model, pe_model_close>;
 using SessionHandle = Handle<pe_session, pe_session_free>;
@@ -275,12 +285,7 @@ class Model {
     return m;
   }
   void close() {
-    std::shared_ptr<ModelHandle> last = std::move(handle_);
-    handle_.reset();
-    without_gil([&] {  // may wait for a piece of the file that is being read ahead
-      last.reset();
-      return 0;
-    });
+    let_go(handle_);  // may wait for a piece of the file that is being read ahead
   }
   const std::shared_ptr<ModelHandle>& handle() const {
     if (!handle_) raise_closed("model");
@@ -348,12 +353,7 @@ class Session {
   // A running eval keeps its own reference: it is cancelled, and the memory goes when it returns.
   void close() {
     if (handle_) pe_session_cancel(handle_->raw);
-    std::shared_ptr<SessionHandle> last = std::move(handle_);
-    handle_.reset();
-    without_gil([&] {
-      last.reset();
-      return 0;
-    });
+    let_go(handle_);
   }
   // Into `given` [>= rows][n_vocab], or a new array [rows][n_vocab].
   py::array_t<float> eval(const IdArray& tokens, int want, std::optional<Row> given) {

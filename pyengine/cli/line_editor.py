@@ -140,8 +140,8 @@ class _Editor:
                 if prefill or not self._session.default_buffer.text:
                     raise
                 continue  # it took the line back
-            except OSError:
-                if _is_gone(sys.stdin.fileno()):
+            except OSError as error:
+                if error.errno == errno.EIO:  # the terminal is gone
                     raise EOFError from None
                 raise
             text = _message(self._whole(text))
@@ -194,15 +194,6 @@ class _Editor:
             event.current_buffer.delete_before_cursor(len(name))
 
         return keys
-
-
-def _is_gone(fd: int) -> bool:
-    """Whether nobody is at the other end of a terminal any more."""
-    if not hasattr(select, "poll"):  # Windows
-        return False
-    watch = select.poll()
-    watch.register(fd, 0)
-    return bool(watch.poll(0))
 
 
 def _completer(complete: Complete) -> Any:

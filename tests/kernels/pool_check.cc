@@ -531,6 +531,11 @@ void check_mapping_ahead() {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     check(small.mapped() == 0, "what is quickly touched is left alone");
   }
+  if (!kSanitized) {  // their own maps leave no such room
+    const Mapped huge(size_t{1} << 42);
+    const MapAhead ahead({huge.range()});
+    check(!ahead.unfinished() && huge.mapped() == 0, "what memory cannot hold is left alone");
+  }
   {
     const Mapped file(kLarge);
     for (size_t i = 0; i < kLarge; i += 1 << 20) {
