@@ -196,11 +196,11 @@ void measure(const Options& o) {
     for (const size_t n : counts) {
       const Figure f = read_stream(pool, n, memory.bytes(), 512 << 10, o.rounds,
                                    [&](size_t at, size_t size) { return read_all(memory.data() + at, size); });
-      add("%s\"%zu\": {\"median\": %.2f, \"low\": %.2f, \"high\": %.2f}", n == counts.front() ? "" : ", ", n,
-          f.median * 1e-9, f.low * 1e-9, f.high * 1e-9);
+      const double median = f.median * 1e-9, low = f.low * 1e-9, high = f.high * 1e-9;  // GB/s
+      add("%s\"%zu\": {\"median\": %.2f, \"low\": %.2f, \"high\": %.2f}", n == counts.front() ? "" : ", ", n, median,
+          low, high);
       if (!o.json)
-        std::printf("read, %-4s pages, %2zu threads  %6.1f GB/s (%.1f .. %.1f)\n", kPageNames[p], n, f.median, f.low,
-                    f.high);
+        std::printf("read, %-4s pages, %2zu threads  %6.1f GB/s (%.1f .. %.1f)\n", kPageNames[p], n, median, low, high);
     }
     json += "}";
   }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pyengine import InvalidArgument, Model
 from pyengine.gguf_file import GgufFile
 from pyengine.machine import cpus, measure_limits
 from pyengine.model import default_threads
-from tests.support import ROOT
+from tests.support import ROOT, run_check
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,15 @@ def test_limits_are_of_this_machine_and_refuse_what_makes_no_sense() -> None:
     assert limits.barrier_seconds < 1e-6  # of one thread, which waits for nobody
     with pytest.raises(InvalidArgument, match=r"n_threads is outside 1\.\.512"):
         measure_limits(513)
+
+
+def test_the_limits_program_prints_the_units_it_names() -> None:
+    text = run_check("limits", "--quick", "--threads", 1, "--mib", 64)
+    streams = [float(figure) for figure in re.findall(r"^read, .* ([\d.]+) GB/s", text, re.MULTILINE)]
+    assert streams
+    assert all(0.1 < gigabytes < 1000 for gigabytes in streams), text
+    (clock,) = re.findall(r"([\d.]+) GHz", text)
+    assert 0.1 < float(clock) < 10
 
 
 def mapped_bytes(path: Path) -> int:
