@@ -330,9 +330,9 @@ void bench(Tier tier, Format format, size_t threads) {
     std::vector<float> y(tokens * rows);
     const size_t share = rows / threads;
     const double time = best_time(threads, [&](size_t i) {
-      // 64 rows a call, as the engine hands them out
-      for (size_t r = i * share; r < (i + 1) * share; r += 64) {
-        const size_t n = std::min<size_t>(64, (i + 1) * share - r);
+      // as many rows a call as the engine hands out
+      for (size_t r = i * share; r < (i + 1) * share; r += kernels.linear_rows) {
+        const size_t n = std::min(kernels.linear_rows, (i + 1) * share - r);
         kernels.linear[static_cast<int>(format)](
             {w.data() + r * row_bytes, row_bytes, n, cols, x.data(), stride, tokens, y.data() + r, rows});
       }

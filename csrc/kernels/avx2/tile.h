@@ -371,10 +371,13 @@ void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size
     for (size_t g = 0; g < groups; ++g) {
       const uint8_t* const* group = pointers + g * kRows;
       const size_t left = rows - g * kRows, panels = left < kRows ? (left + kPanelRows - 1) / kPanelRows : K::kPanels;
+      // Fetched meanwhile: what is decoded next. The same rows' next columns would have left the near caches by then.
+      const uint8_t* const* ahead = g + 1 < groups ? group + kRows : pointers;
+      const size_t ahead_at = g + 1 < groups ? b : b + n < blocks ? b + n : 0;
       for (size_t p = 0; p < panels; ++p) K::decode(group + kPanelRows * p, b, n, &panel[p]);
       for (size_t i = 0; i < parts; ++i) {
         for (size_t r = i * kRows / parts; r < (i + 1) * kRows / parts; ++r)
-          prefetch(group[r] + (b + n) * sizeof(typename K::Block), n * sizeof(typename K::Block));
+          prefetch(ahead[r] + ahead_at * sizeof(typename K::Block), n * sizeof(typename K::Block));
         const size_t t = i * tokens / parts, next = (i + 1) * tokens / parts;
         multiply_tile<K>(panel, panels, args, at, token + t, next - t, b, n, side + t, nullptr, acc[g][t], kRows);
       }
