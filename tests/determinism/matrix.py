@@ -289,7 +289,7 @@ def run(
     quick: bool,
     kv_types: Sequence[KvType] = tuple(KV_TYPES),
     spoil: int = -1,
-    progress: bool = True,
+    progress: bool = False,
 ) -> Verdict:
     verdict, start = Verdict(), time.monotonic()
     plan = (cells(name, tier, quick, kv_types) for tier in quant.tiers() for name in names)
@@ -351,7 +351,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pyengine-determinism-") as folder:
         for name in names:
             models.make(name, Path(folder), args.data)
-        verdict = run(names, Path(folder), args.quick, args.kv, args.spoil)
+        verdict = run(names, Path(folder), args.quick, args.kv, args.spoil, sys.stderr.isatty())
     for failure in verdict.failures[:20]:
         print(f"FAILED: {failure}")
     print(

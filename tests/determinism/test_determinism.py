@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_way_to_the_same_tokens_gives_the_same_hash(folder: Path) -> None:
     for name in SHARE:
         models.make(name, folder, DATA)
-    verdict = matrix.run(SHARE, folder, quick=True, progress=False)
+    verdict = matrix.run(SHARE, folder, quick=True)
     assert not verdict.failures
     assert len(verdict.first) == len(SHARE) * 2 * 3  # prompts, cache types
     assert verdict.n > 500
