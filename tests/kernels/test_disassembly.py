@@ -29,10 +29,10 @@ VECTOR = re.compile(r"\b[xyz]mm\d+\b")
 # (tier, object, functions, at least how many hot loops): what is looked at. Where fewer loops are found than this, the
 # object was not understood.
 HOT = [
-    ("avx2", "linear_q32", r"multiply<", 6),
+    ("avx2", "linear_q32", r"(multiply|fused8)<", 12),
     ("avx2", "linear_q5", r"multiply<", 9),
     ("avx2", "linear_q23k", r"multiply<", 6),
-    ("avx2", "linear_q256", r"multiply_(k4|steps)<", 24),
+    ("avx2", "linear_q256", r"(multiply_(k4|steps)|fused_block(_k4)?)<", 32),
     ("avx2", "linear_iq4", r"multiply<", 6),
     ("avx2", "attention", r"(panel|score)<", 24),
     ("avx512", "attention", r"(panel|score)<", 24),

@@ -152,6 +152,72 @@ inline void decode_scales_k4(const uint8_t* const row[8], size_t at, int half, P
   panel->dmin[half] = s.dmin;
 }
 
+// What a block of few tokens leaves in memory, because the chains need the registers.
+template <class K, int kTokens>
+struct FusedK4 {
+  ScalesK4 scales;
+  typename K::High high;
+  __m256i whole[kTokens];
+};
+
+// One block of 8 rows times few tokens. K::High joins what of a block's codes is not nibbles; K::kFusedSteps steps are a chain.
+template <class K, int kTokens>
+PE_NOINLINE void fused_block_k4(const uint8_t* const rows[8], size_t at, const int8_t* const q[kTokens],
+                                const uint8_t* ahead, FusedK4<K, kTokens>* work) {
+  constexpr int kSteps = K::kFusedSteps;
+  scales_k4(rows, at, &work->scales);
+  work->high.decode(rows, at);
+  PE_LOOP
+  for (int j = 0; j < 4; ++j) {  // sub-blocks 2 j and 2 j + 1, in the same bytes
+    constexpr size_t kShare = 2 * sizeof(typename K::Block);
+    prefetch(ahead + static_cast<size_t>(j) * kShare, kShare);
+    __m256i v[8];
+    const size_t from = at + offsetof(typename K::Block, qs) + 32 * static_cast<size_t>(j);
+    transpose16(rows, from, v);
+    transpose16(rows, from + 16, v + 4);
+    PE_UNROLL
+    for (int i = 0; i < 8; ++i) pin(v[i]);
+    PE_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      PE_UNROLL
+      for (int c = 0; c < 8; c += kSteps) {
+        __m256i sum[kTokens];
+        PE_UNROLL
+        for (int i = c; i < c + kSteps; ++i) {
+          const __m256i nibbles = n == 0 ? low_nibbles(v[i]) : high_nibbles(v[i]);
+          const size_t column = static_cast<size_t>(64 * j + 32 * n + 4 * i);
+          step8<kTokens>(work->high.join(nibbles, 2 * j + n, i), q, column, i == c, sum);
+        }
+        forget(work);
+        PE_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+          __m256i p = _mm256_madd_epi16(sum[t], work->scales.scale[2 * j + n]);
+          if (j != 0 || n != 0 || c != 0) p = _mm256_add_epi32(p, work->whole[t]);
+          work->whole[t] = p;
+        }
+      }
+    }
+  }
+}
+
+template <class K, int kTokens>
+inline void fused8_k4(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead, __m256* acc) {
+  FusedK4<K, kTokens> work;
+  for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
+  for (size_t b = 0; b < blocks; ++b) {
+    const size_t at = b * sizeof(typename K::Block);
+    const int8_t* q[kTokens];
+    for (int t = 0; t < kTokens; ++t) q[t] = x[t].q + 256 * b;
+    fused_block_k4<K, kTokens>(rows, at, q, ahead + 8 * at, &work);
+    const ScalesK4& s = work.scales;
+    for (int t = 0; t < kTokens; ++t) {
+      const __m256 a = _mm256_set1_ps(x[t].scale[b]);
+      const __m256 f = add_term(acc[t], s.d, a, work.whole[t]);
+      acc[t] = subtract_term(f, s.dmin, a, min_term(s.min, x[t].sum32 + 8 * b));
+    }
+  }
+}
+
 struct Q4_K {
   using Block = BlockQ4_K;
   static constexpr size_t kBlock = 256;
@@ -189,6 +255,18 @@ struct Q4_K {
     Work<kTokens> work;
     all_small(x) ? multiply_k4<Q4_K, kTokens, 16>(panel, x, acc, stride, &work)
                  : multiply_k4<Q4_K, kTokens, 8>(panel, x, acc, stride, &work);
+  }
+
+  // A lane ends as 16 products of 0 .. 15 and +-127: at most 30480.
+  static constexpr size_t kFused = 4;
+  static constexpr int kFusedSteps = 8;
+  struct High {
+    static void decode(const uint8_t* const*, size_t) {}
+    static __m256i join(__m256i nibbles, int, int) { return nibbles; }
+  };
+  template <int kTokens>
+  static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead, __m256* acc) {
+    fused8_k4<Q4_K, kTokens>(rows, x, blocks, ahead, acc);
   }
 
   static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
@@ -292,6 +370,31 @@ struct Q5_K {
     return _mm256_add_epi32(
         _mm256_madd_epi16(x, broadcast32(reinterpret_cast<const int32_t*>(&s.scale[2 * kC]) + r)),
         _mm256_madd_epi16(y, broadcast32(reinterpret_cast<const int32_t*>(&s.scale[2 * kC + 1]) + r)));
+  }
+
+  // A lane ends as 8 products of 0 .. 31 and +-127: at most 31496.
+  static constexpr size_t kFused = 4;
+  static constexpr int kFusedSteps = 4;
+  struct High {
+    __m256i bits[8][8];  // [sub-block][step]: bit 4 of every byte
+    template <int kSub>
+    void place(const __m256i all[8]) {
+      for (int i = 0; i < 8; ++i) bits[kSub][i] = fifth_bit<kSub>(all[i]);
+    }
+    void decode(const uint8_t* const row[8], size_t at) {
+      __m256i all[8];
+      transpose16(row, at + offsetof(Block, qh), all);
+      transpose16(row, at + offsetof(Block, qh) + 16, all + 4);
+      place<0>(all), place<1>(all), place<2>(all), place<3>(all);
+      place<4>(all), place<5>(all), place<6>(all), place<7>(all);
+    }
+    __m256i join(__m256i nibbles, int sub_block, int step) const {
+      return _mm256_or_si256(nibbles, bits[sub_block][step]);
+    }
+  };
+  template <int kTokens>
+  static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead, __m256* acc) {
+    fused8_k4<Q5_K, kTokens>(rows, x, blocks, ahead, acc);
   }
 
   static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
@@ -449,6 +552,77 @@ struct Q6_K {
     const __m256i c = dot32<4 * kH + 2>(_mm256_or_si256(high_nibbles(first), top_bits<4>(high)), q, scales);
     const __m256i d = dot32<4 * kH + 3>(_mm256_or_si256(high_nibbles(second), top_bits<6>(high)), q, scales);
     return _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+  }
+
+  template <int kTokens>
+  struct Fused {
+    __m256i scale[16], whole[kTokens];
+    int32_t centre[kTokens][16];  // where the chains of a sub-block start, pairs of int16
+  };
+
+  // Sub-block `sub`, 16 columns, whose codes are nibbles of v and bits kFrom, kFrom + 1 of high, times few tokens. A lane
+  // ends as 8 products of -32 .. 31 and +-127: at most 32512.
+  template <int kTokens, int kFrom>
+  static void fused_sub_block(const __m256i v[4], const __m256i high[4], const int8_t* const q[kTokens], size_t sub,
+                              Fused<kTokens>* work) {
+    forget(work);
+    __m256i sum[kTokens];
+    PE_UNROLL
+    for (int t = 0; t < kTokens; ++t) sum[t] = broadcast32(&work->centre[t][sub]);
+    PE_UNROLL
+    for (size_t i = 0; i < 4; ++i) {
+      const __m256i nibbles = kFrom < 4 ? low_nibbles(v[i]) : high_nibbles(v[i]);
+      step8<kTokens>(_mm256_or_si256(nibbles, top_bits<kFrom>(high[i])), q, 16 * sub + 4 * i, false, sum);
+    }
+    PE_UNROLL
+    for (int t = 0; t < kTokens; ++t)
+      work->whole[t] = _mm256_add_epi32(work->whole[t], _mm256_madd_epi16(sum[t], work->scale[sub]));
+  }
+
+  template <int kTokens>
+  PE_NOINLINE static void fused_block(const uint8_t* const rows[8], size_t at, const int8_t* const q[kTokens],
+                                      const uint8_t* ahead, Fused<kTokens>* work) {
+    __m256i v[4];
+    transpose16(rows, at + offsetof(Block, scales), v);
+    for (int i = 0; i < 16; ++i) {
+      const __m256i unsigned_pair = byte_pair(v[i / 4], i % 4, i % 4);
+      work->scale[i] = _mm256_srai_epi16(_mm256_slli_epi16(unsigned_pair, 8), 8);
+    }
+    for (int t = 0; t < kTokens; ++t) work->whole[t] = _mm256_setzero_si256();
+    PE_LOOP
+    for (size_t part = 0; part < 4; ++part) {  // 16 bytes of qh, twice 16 of ql: columns 32 apart
+      constexpr size_t kShare = 2 * sizeof(Block);
+      prefetch(ahead + part * kShare, kShare);
+      const size_t ql = at + offsetof(Block, ql) + 64 * (part / 2) + 16 * (part % 2);
+      const size_t sub = 8 * (part / 2) + part % 2;
+      __m256i high[4];
+      transpose16(rows, at + offsetof(Block, qh) + 16 * part, high);
+      transpose16(rows, ql, v);
+      fused_sub_block<kTokens, 0>(v, high, q, sub, work);
+      fused_sub_block<kTokens, 4>(v, high, q, sub + 4, work);
+      transpose16(rows, ql + 32, v);
+      fused_sub_block<kTokens, 2>(v, high, q, sub + 2, work);
+      fused_sub_block<kTokens, 6>(v, high, q, sub + 6, work);
+    }
+  }
+
+  // Four gain nothing: with two sub-blocks in a chain a panel takes fewer instructions.
+  static constexpr size_t kFused = 3;
+  template <int kTokens>
+  static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead, __m256* acc) {
+    Fused<kTokens> work;
+    for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
+    for (size_t b = 0; b < blocks; ++b) {
+      const size_t at = b * sizeof(Block);
+      const int8_t* q[kTokens];
+      for (int t = 0; t < kTokens; ++t) {
+        q[t] = x[t].q + 256 * b;
+        centre16(x[t].sum + 32 * b, 32, work.centre[t]);
+      }
+      fused_block<kTokens>(rows, at, q, ahead + 8 * at, &work);
+      const __m256 d = load_f16(rows, at + offsetof(Block, d));
+      for (int t = 0; t < kTokens; ++t) acc[t] = add_term(acc[t], d, _mm256_set1_ps(x[t].scale[b]), work.whole[t]);
+    }
   }
 
   static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {

@@ -63,6 +63,44 @@ struct Q4_0 {
     }
   }
 
+  static constexpr size_t kFused = 4;
+  template <int kTokens>
+  PE_NOINLINE static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead,
+                                 __m256* acc) {
+    const int8_t* q[kTokens];
+    for (int t = 0; t < kTokens; ++t) {
+      q[t] = x[t].q;
+      acc[t] = _mm256_setzero_ps();
+    }
+    for (size_t first = 0; first < blocks; first += 8) {
+      int32_t centre[kTokens][8];
+      for (int t = 0; t < kTokens; ++t) centre32(x[t].sum + 4 * first, 8, centre[t]);
+      const size_t end = blocks < first + 8 ? blocks : first + 8;
+      for (size_t b = first; b < end; ++b) {
+        const size_t at = b * sizeof(Block);
+        prefetch(ahead + 8 * at, 8 * sizeof(Block));
+        __m256i v[4], sum[kTokens];
+        transpose16(rows, at + 2, v);
+        PE_UNROLL
+        for (int i = 0; i < 4; ++i) pin(v[i]);
+        PE_UNROLL
+        for (int t = 0; t < kTokens; ++t) sum[t] = broadcast32(&centre[t][b - first]);
+        PE_UNROLL
+        for (size_t i = 0; i < 8; ++i)
+          step8<kTokens>(i < 4 ? low_nibbles(v[i]) : high_nibbles(v[i - 4]), q, 4 * i, false, sum);
+        // a lane ends as 16 products of -8 .. 7 and +-127: at most 16256
+        const __m256 d = load_f16(rows, at);
+        forget(acc);  // or it takes registers that the chains need
+        PE_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+          const __m256i whole = _mm256_madd_epi16(sum[t], _mm256_set1_epi16(1));
+          acc[t] = add_term(acc[t], d, _mm256_set1_ps(x[t].scale[b]), whole);
+          q[t] += 32;
+        }
+      }
+    }
+  }
+
   static __m256 dot8(const uint8_t* const rows[8], const Token& x, size_t blocks, const uint8_t* ahead) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256 acc = _mm256_setzero_ps();
@@ -130,6 +168,45 @@ struct Q8_0 {
       for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
       chain_wide<kTokens>(panel.codes[b], x.side, b, sum);
       add_block(panel.d[b], x.scale, b, sum, acc, stride);
+    }
+  }
+
+  static constexpr size_t kFused = 4;
+  template <int kTokens>
+  PE_NOINLINE static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead,
+                                 __m256* acc) {
+    const int8_t* q[kTokens];
+    for (int t = 0; t < kTokens; ++t) {
+      q[t] = x[t].q;
+      acc[t] = _mm256_setzero_ps();
+    }
+    for (size_t b = 0; b < blocks; ++b) {
+      const size_t at = b * sizeof(Block);
+      prefetch(ahead + 8 * at, 8 * sizeof(Block));
+      __m256i v[8], whole[kTokens];
+      transpose16(rows, at + 2, v);
+      transpose16(rows, at + 18, v + 4);
+      PE_UNROLL
+      for (int i = 0; i < 8; ++i) pin(v[i]);
+      PE_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const __m256i codes = _mm256_abs_epi8(v[i]);
+        PE_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+          // as in dot8: a pair is at most 32512
+          const __m256i signed_q = _mm256_sign_epi8(broadcast32(q[t] + 4 * i), v[i]);
+          const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, signed_q), _mm256_set1_epi16(1));
+          whole[t] = i == 0 ? p : _mm256_add_epi32(whole[t], p);
+          pin(whole[t]);
+        }
+      }
+      const __m256 d = load_f16(rows, at);
+      forget(acc);  // or it takes registers that the chains need
+      PE_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        acc[t] = add_term(acc[t], d, _mm256_set1_ps(x[t].scale[b]), whole[t]);
+        q[t] += 32;
+      }
     }
   }
 
