@@ -6,8 +6,9 @@
 The evaluations are the model's own; the texts are real ones: after each evaluation the logits are replaced by such that
 name the next token of a given text, with every drafter and with none, so that random weights serve as well. Edited code
 is this repository's own, restated with a name changed; prose is its manual. ``--vocab`` cuts them into tokens (default:
-the model's tokenizer). Rounds are interleaved and report tokens a second; "x" rows are the quotient of the medians.
-First, what evaluating n tokens costs in evaluations of one.
+the model's tokenizer). Rounds are interleaved and report tokens a second. First, what evaluating n tokens costs in
+evaluations of one. Quotients ("x") are of runs that followed one another, and then their median is taken: a machine's
+memory may change its speed from one round to the next.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,11 @@ from pyengine.speculate import MAX_DRAFT
 from pyengine.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+EVALUATIONS = 4  # of each number of tokens in a round
+
+
+def quotients(row: Row, by: Row) -> list[float]:
+    return [a / b for a, b in zip(row.values, by.values, strict=True)]
 
 
 class Scripted(Session):
@@ -85,7 +92,7 @@ def main() -> None:
     path = model_path(args)
     report = start(args, f"speculation, {args.tokens} tokens of each text", path)
     variants: dict[str, Callable[[], None]] = {}
-    quotients: list[tuple[str, Row, Row]] = []
+    pairs: list[tuple[str, Row, Row]] = []
     with Model.open(path, prefix_bytes=0) as model:
         tokenizer = Tokenizer.from_gguf(args.vocab) if args.vocab else model.tokenizer
         session = Scripted(model, 4 * args.tokens + 16, args.threads, 0, "f16", 0)
@@ -95,9 +102,10 @@ def main() -> None:
         costs = {n: report.row(f"evaluating {n} tokens", "ms") for n in (1, 2, 4, 8)}
 
         def evaluate() -> None:
-            for n, row in costs.items():
-                session.truncate(64)
-                row.values.append(1e3 * timed(lambda n=n: Session.eval(session, ids[:n], n > 1, out)))
+            for _ in range(EVALUATIONS):
+                for n, row in costs.items():
+                    session.truncate(64)
+                    row.values.append(1e3 * timed(lambda n=n: Session.eval(session, ids[:n], n > 1, out)))
 
         variants["evaluating"] = evaluate
 
@@ -134,15 +142,15 @@ def main() -> None:
                 rows.append(row)
                 shares.append((row, words))
                 variants[row.name] = lambda t=text, s=speculate, r=row, w=words: run(t, s, r, w)
-            quotients.append((name, rows[0], rows[1]))
+            pairs.append((name, rows[0], rows[1]))
         interleave(args.rounds, variants)
         session.close()
     for row, words in shares:
         row.share = words[0] if row.name.endswith("ngram") else ""
     for row in costs.values():
-        row.share = f"{row.median / costs[1].median:.2f} x one token"
-    for name, off, on in quotients:
-        report.row(f"x, {name}", "").values.append(on.median / off.median)
+        row.share = f"{median(quotients(row, costs[1])):.2f} x one token"
+    for name, off, on in pairs:
+        report.row(f"x, {name}", "").values += quotients(on, off)
     finish(report, args)
 
 

@@ -108,9 +108,12 @@ def plain(cells: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def interleave(rounds: int, variants: Mapping[str, Callable[[], None]], on_round: OnRound | None = None) -> None:
-    """Runs every variant once a round, so that a change of the machine meets them all."""
+    """Runs every variant once a round, so that a change of the machine meets them all.
+
+    Every second round goes backwards: neighbours change places, so that none always meets what another leaves behind.
+    """
     for i in range(rounds):
-        for name, run in variants.items():
+        for name, run in list(variants.items())[:: -1 if i % 2 else 1]:
             if on_round is not None:
                 on_round(i + 1, rounds, name)
             run()
