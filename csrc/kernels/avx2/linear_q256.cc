@@ -258,7 +258,6 @@ struct Q4_K {
   }
 
   // A lane ends as 16 products of 0 .. 15 and +-127: at most 30480.
-  static constexpr size_t kFused = 4;
   static constexpr int kFusedSteps = 8;
   struct High {
     static void decode(const uint8_t* const*, size_t) {}
@@ -373,7 +372,6 @@ struct Q5_K {
   }
 
   // A lane ends as 8 products of 0 .. 31 and +-127: at most 31496.
-  static constexpr size_t kFused = 4;
   static constexpr int kFusedSteps = 4;
   struct High {
     __m256i bits[8][8];  // [sub-block][step]: bit 4 of every byte
@@ -606,8 +604,6 @@ struct Q6_K {
     }
   }
 
-  // Four gain nothing: with two sub-blocks in a chain a panel takes fewer instructions.
-  static constexpr size_t kFused = 3;
   template <int kTokens>
   static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead, __m256* acc) {
     Fused<kTokens> work;

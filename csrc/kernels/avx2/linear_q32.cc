@@ -63,7 +63,6 @@ struct Q4_0 {
     }
   }
 
-  static constexpr size_t kFused = 4;
   template <int kTokens>
   PE_NOINLINE static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead,
                                  __m256* acc) {
@@ -171,7 +170,6 @@ struct Q8_0 {
     }
   }
 
-  static constexpr size_t kFused = 4;
   template <int kTokens>
   PE_NOINLINE static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead,
                                  __m256* acc) {

@@ -18,12 +18,12 @@
 //
 // One token. Eight rows run side by side, codes in the order of the file; sums are folded across lanes once per 8 rows.
 //
-// Two to four tokens meet eight rows the same way, the codes transposed in registers and multiplied at once: a panel that
+// Two to four tokens meet eight rows the same way, their codes transposed in registers and multiplied at once: a panel that
 // so few share costs more than it saves, and 16 rows of fetched weights beside it leave the first-level cache.
 //
 //   per step    1 + 1/2 for the codes, 1 load, 1 vpmaddubsw, 1 vpaddw a token for its 32 products
 //   bound       Q4_K, four tokens: 1,650 vector instructions for 256 columns of 16 rows, 412 cycles at four a cycle
-//   measured    Zen 5: 550 from the first two caches, 590 from memory (a panel: 570, 670); 3.0 a cycle
+//   measured    Zen 5: 550 from the first two caches, 590 from memory (by a panel 570 and 670): 3 a cycle
 #pragma once
 
 #include <immintrin.h>
@@ -337,8 +337,7 @@ inline void row_pointers(const LinearArgs& args, size_t row, size_t n, const uin
 //   K::Side, K::prepare(token, n, &side)    what all panels need of n blocks of the same activations
 //   K::multiply<T>(panel, slice, n, acc, s) acc[s * t + row] += panel * T tokens
 //   K::dot8(rows, token, blocks, ahead)     one token, 8 rows, the whole row; the next 8 begin at `ahead`
-//   K::kFused                               tokens that fused8 takes at most, where there is one
-//   K::fused8<T>(rows, token, blocks, ahead, acc)  the same for T tokens: acc[t]
+//   K::fused8<T>(rows, token, blocks, ahead, acc)  the same for T = 2 .. 4 tokens: acc[t]; not every format has it
 
 template <class K, int kTokens>
 inline void multiply_panels(const typename K::Panel* panel, size_t panels, const Slice<K, kTokens>& x, size_t n,
@@ -474,12 +473,10 @@ template <class K>
 void linear(const LinearArgs& args) {
   const ActLayout at = act_layout(K::kBlock == 32 ? Act::Q32 : Act::Q256, args.cols);
   if (args.tokens == 1) return by_rows<K, 1>(args, at);
-  if constexpr (requires { K::kFused; }) {
+  if constexpr (requires { &K::template fused8<2>; }) {
     if (args.tokens == 2) return by_rows<K, 2>(args, at);
     if (args.tokens == 3) return by_rows<K, 3>(args, at);
-    if constexpr (K::kFused == 4) {
-      if (args.tokens == 4) return by_rows<K, 4>(args, at);
-    }
+    if (args.tokens == 4) return by_rows<K, 4>(args, at);
   }
   if (args.tokens <= kFew) return few_tokens<K>(args, at);
   const size_t batches = (args.tokens + kMany - 1) / kMany;
