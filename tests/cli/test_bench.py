@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pyengine
-from pyengine import Model, synthetic
+from pyengine import Model, bench, synthetic
 from pyengine.errors import FileError
 from pyengine.forecast import Work
 from pyengine.shape import CARDS
@@ -69,6 +69,12 @@ def test_every_round_of_every_combination_is_in_the_json_and_shares_follow_from_
 
 def _how(row: dict) -> tuple[int, str]:
     return row["facts"]["threads"], row["facts"]["kv_type"]
+
+
+def test_every_second_round_goes_backwards() -> None:
+    ran: list[str] = []
+    bench.interleave(3, {name: lambda name=name: ran.append(name) for name in "abc"})
+    assert "".join(ran) == "abccbaabc"
 
 
 def test_a_table_for_people_and_one_in_markdown() -> None:
