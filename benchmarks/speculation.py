@@ -7,8 +7,8 @@ The evaluations are the model's own; the texts are real ones: after each evaluat
 name the next token of a given text, with every drafter and with none, so that random weights serve as well. Edited code
 is this repository's own, restated with a name changed; prose is its manual. ``--vocab`` cuts them into tokens (default:
 the model's tokenizer). Rounds are interleaved and report tokens a second. First, what evaluating n tokens costs in
-evaluations of one. Quotients ("x") are of runs that followed one another, and then their median is taken: a machine's
-memory may change its speed from one round to the next.
+evaluations of one. Quotients ("x") are of one round's two runs, and then their median is taken: a machine's memory may
+change its speed from one round to the next.
 """
 
 from __future__ import annotations
@@ -98,18 +98,22 @@ def main() -> None:
         session = Scripted(model, 4 * args.tokens + 16, args.threads, 0, "f16", 0)
         out = np.empty((MAX_DRAFT + 1, model.n_vocab), np.float32)
         ids = prompt(64, model.n_vocab)
-        session.prefill(ids)
         costs = {n: report.row(f"evaluating {n} tokens", "ms") for n in (1, 2, 4, 8)}
 
         def evaluate() -> None:
-            for _ in range(EVALUATIONS):
-                for n, row in costs.items():
-                    session.truncate(64)
-                    row.values.append(1e3 * timed(lambda n=n: Session.eval(session, ids[:n], n > 1, out)))
+            session.truncate(0)
+            session.prefill(ids)
+            took: dict[int, list[float]] = {n: [] for n in costs}
+            for i in range(EVALUATIONS):
+                for n in list(costs)[:: -1 if i % 2 else 1]:
+                    session.truncate(len(ids))
+                    took[n].append(1e3 * timed(lambda n=n: Session.eval(session, ids[:n], n > 1, out)))
+            for n, row in costs.items():
+                row.values.append(median(took[n]))
 
         variants["evaluating"] = evaluate
 
-        def run(text: tuple[list[int], list[int]], speculate: Speculate, row: Row, words: list[str]) -> None:
+        def run(text: tuple[list[int], list[int]], speculate: Speculate, row: Row) -> None:
             before, answer = text
             session.script = [*before, *answer]
             session.truncate(0)
@@ -130,26 +134,24 @@ def main() -> None:
             assert said == answer, "the script is followed"
             assert isinstance(event, End)
             row.values.append((len(answer) - 1) / seconds)
-            words[:] = [f"{event.stats.accepted_tokens} of {event.stats.drafted_tokens} guesses right"]
+            row.facts["right"] = row.facts.get("right", 0) + event.stats.accepted_tokens
+            row.facts["guesses"] = row.facts.get("guesses", 0) + event.stats.drafted_tokens
 
-        shares: list[tuple[Row, list[str]]] = []
         for name, text in texts(tokenizer, args.tokens).items():
             if args.only not in name:
                 continue
             rows = []
             for speculate in ("off", "ngram"):
-                row, words = report.row(f"{name}: {speculate}", "tokens/s"), list[str]()
+                row = report.row(f"{name}: {speculate}", "tokens/s")
                 rows.append(row)
-                shares.append((row, words))
-                variants[row.name] = lambda t=text, s=speculate, r=row, w=words: run(t, s, r, w)
+                variants[row.name] = lambda t=text, s=speculate, r=row: run(t, s, r)
             pairs.append((name, rows[0], rows[1]))
         interleave(args.rounds, variants)
         session.close()
-    for row, words in shares:
-        row.share = words[0] if row.name.endswith("ngram") else ""
     for row in costs.values():
         row.share = f"{median(quotients(row, costs[1])):.2f} x one token"
     for name, off, on in pairs:
+        on.share = f"{on.facts['right']} of {on.facts['guesses']} guesses right"
         report.row(f"x, {name}", "").values += quotients(on, off)
     finish(report, args)
 

@@ -260,8 +260,12 @@ void check_shape(Rng& rng, Tier tier, Format format, size_t shape, Report* repor
   const bool many = below(rng, 16) == 0;
   const bool tall = many && below(rng, 3) == 0;  // more rows than any kernel takes at once
   const size_t rows = tall ? between(rng, 120, 300) : between(rng, 1, many ? 20 : 40);
-  const bool one = below(rng, 3) == 0;  // one token has kernels of its own
-  const size_t tokens = one ? 1 : many ? between(rng, 90, 210) : between(rng, 2, 20);
+  // one token, and with some formats two to four, have kernels of their own
+  const size_t own = below(rng, 3);
+  const size_t tokens = own == 0   ? 1
+                        : many     ? between(rng, 90, 210)
+                        : own == 1 ? between(rng, 2, 4)
+                                   : between(rng, 5, 20);
   const size_t blocks = info.block == 32 ? 12 : 4;
   const size_t cols = info.block == 1 ? between(rng, 1, 300) : info.block * between(rng, 1, tall ? blocks / 2 : blocks);
   const size_t stride = bytes_per_row(format, cols) + (below(rng, 4) == 0 ? between(rng, 1, 70) : 0);

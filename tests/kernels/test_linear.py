@@ -133,8 +133,9 @@ def quantised_activations(x: Floats, block: int) -> tuple[npt.NDArray[np.int64],
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_q8_0_follows_the_contract_to_the_last_bit(tier: str) -> None:
-    rows, cols, tokens = 21, 640, 5
+@pytest.mark.parametrize("tokens", range(1, 6))  # up to four have kernels of their own
+def test_q8_0_follows_the_contract_to_the_last_bit(tier: str, tokens: int) -> None:
+    rows, cols = 21, 640
     packed = quant.quantise("Q8_0", gaussian(rows, cols, 9))
     x = gaussian(tokens, cols, 10)
     blocks = packed.reshape(rows, -1, 34)
@@ -150,8 +151,9 @@ def test_q8_0_follows_the_contract_to_the_last_bit(tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_q4_k_follows_the_contract_to_the_last_bit(tier: str) -> None:
-    rows, cols, tokens = 21, 1024, 5
+@pytest.mark.parametrize("tokens", range(1, 6))  # up to four have kernels of their own
+def test_q4_k_follows_the_contract_to_the_last_bit(tier: str, tokens: int) -> None:
+    rows, cols = 21, 1024
     packed = quant.quantise("Q4_K", gaussian(rows, cols, 11) + np.float32(0.3))
     x = gaussian(tokens, cols, 12)
     blocks = np.ascontiguousarray(packed.reshape(rows, -1, 144))

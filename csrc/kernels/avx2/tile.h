@@ -18,12 +18,14 @@
 //
 // One token. Eight rows run side by side, codes in the order of the file; sums are folded across lanes once per 8 rows.
 //
-// Two to four tokens meet eight rows the same way, their codes transposed in registers and multiplied at once: a panel that
-// so few share costs more than it saves, and 16 rows of fetched weights beside it leave the first-level cache.
+// Two to four tokens of a format that has K::fused8. Eight rows again, their codes transposed in registers and multiplied at
+// once: a panel that so few share costs more than it saves, and the 16 rows fetched ahead beside it leave the first-level
+// cache.
 //
-//   per step    1 + 1/2 for the codes, 1 load, 1 vpmaddubsw, 1 vpaddw a token for its 32 products
-//   bound       Q4_K, four tokens: 1,650 vector instructions for 256 columns of 16 rows, 412 cycles at four a cycle
-//   measured    Zen 5: 550 from the first two caches, 590 from memory (by a panel 570 and 670): 3 a cycle
+//   per step    1 load, 1 vpmaddubsw, 1 vpaddw a token for its 32 products
+//   bound       Q4_K, four tokens, 256 columns of 16 rows: 1,650 vector instructions beside the loads, 412 cycles where four
+//               start a cycle; with their loads such instructions run at three a cycle here even without dependencies: 550
+//   measured    Zen 5: 550 from the first two caches, 590 from memory; by a panel 600 and 670
 #pragma once
 
 #include <immintrin.h>
