@@ -294,12 +294,15 @@ void many_tokens(const LinearArgs& args, const ActLayout& at, size_t token, size
   for (size_t b = 0; b < blocks; b += kBlocks) {
     const size_t n = blocks - b < kBlocks ? blocks - b : kBlocks;
     for (size_t p = 0; p < panels_of_rows; p += kPanels) {
+      // Fetched meanwhile: what is decoded next. The same rows' next columns would have left the near caches by then.
+      const bool more = p + kPanels < panels_of_rows;
+      const uint8_t* const(*ahead)[kRows] = more ? pointers + p + kPanels : pointers;
+      const size_t ahead_at = more ? b : b + n < blocks ? b + n : 0;
       for (size_t r = 0; r < kPanels; ++r) decode<K>(pointers[p + r], b, n, &panels[r]);
       for (size_t g = 0; g < groups; ++g) {
         const size_t t = g * tokens / groups;
         for (size_t i = g * kRows * kPanels / groups; i < (g + 1) * kRows * kPanels / groups; ++i)
-          prefetch(pointers[p + i / kRows][i % kRows] + (b + n) * sizeof(typename K::Block),
-                   n * sizeof(typename K::Block));
+          prefetch(ahead[i / kRows][i % kRows] + ahead_at * sizeof(typename K::Block), n * sizeof(typename K::Block));
         kMultiply[(g + 1) * tokens / groups - t](panels, args, at, token + t, b, n, acc[p] + t);
       }
     }
