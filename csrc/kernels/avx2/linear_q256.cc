@@ -203,7 +203,6 @@ PE_NOINLINE void fused_block_k4(const uint8_t* const rows[8], size_t at, const i
 template <class K, int kTokens>
 inline void fused8_k4(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead, __m256* acc) {
   FusedK4<K, kTokens> work;
-  for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
   for (size_t b = 0; b < blocks; ++b) {
     const size_t at = b * sizeof(typename K::Block);
     const int8_t* q[kTokens];
@@ -607,7 +606,6 @@ struct Q6_K {
   template <int kTokens>
   static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead, __m256* acc) {
     Fused<kTokens> work;
-    for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       const int8_t* q[kTokens];

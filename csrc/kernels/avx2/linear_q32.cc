@@ -67,10 +67,7 @@ struct Q4_0 {
   PE_NOINLINE static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead,
                                  __m256* acc) {
     const int8_t* q[kTokens];
-    for (int t = 0; t < kTokens; ++t) {
-      q[t] = x[t].q;
-      acc[t] = _mm256_setzero_ps();
-    }
+    for (int t = 0; t < kTokens; ++t) q[t] = x[t].q;
     for (size_t first = 0; first < blocks; first += 8) {
       int32_t centre[kTokens][8];
       for (int t = 0; t < kTokens; ++t) centre32(x[t].sum + 4 * first, 8, centre[t]);
@@ -174,10 +171,7 @@ struct Q8_0 {
   PE_NOINLINE static void fused8(const uint8_t* const rows[8], const Token* x, size_t blocks, const uint8_t* ahead,
                                  __m256* acc) {
     const int8_t* q[kTokens];
-    for (int t = 0; t < kTokens; ++t) {
-      q[t] = x[t].q;
-      acc[t] = _mm256_setzero_ps();
-    }
+    for (int t = 0; t < kTokens; ++t) q[t] = x[t].q;
     for (size_t b = 0; b < blocks; ++b) {
       const size_t at = b * sizeof(Block);
       prefetch(ahead + 8 * at, 8 * sizeof(Block));

@@ -339,7 +339,7 @@ inline void row_pointers(const LinearArgs& args, size_t row, size_t n, const uin
 //   K::Side, K::prepare(token, n, &side)    what all panels need of n blocks of the same activations
 //   K::multiply<T>(panel, slice, n, acc, s) acc[s * t + row] += panel * T tokens
 //   K::dot8(rows, token, blocks, ahead)     one token, 8 rows, the whole row; the next 8 begin at `ahead`
-//   K::fused8<T>(rows, token, blocks, ahead, acc)  the same for T = 2 .. 4 tokens: acc[t]; not every format has it
+//   K::fused8<T>(rows, token, blocks, ahead, acc)  added to acc[t] for T = 2 .. 4 tokens; not every format has it
 
 template <class K, int kTokens>
 inline void multiply_panels(const typename K::Panel* panel, size_t panels, const Slice<K, kTokens>& x, size_t n,
@@ -460,6 +460,7 @@ void by_rows(const LinearArgs& args, const ActLayout& at) {
     if constexpr (kTokens == 1) {
       acc[0] = K::dot8(rows, token[0], blocks, ahead);
     } else {
+      for (__m256& sum : acc) sum = _mm256_setzero_ps();
       K::template fused8<kTokens>(rows, token, blocks, ahead, acc);
     }
     const size_t n = args.rows - row < 8 ? args.rows - row : 8;
